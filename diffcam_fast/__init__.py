@@ -1,0 +1,44 @@
+"""diffcam-fast: where an image classifier looked, for every prediction, at the rate it predicts.
+
+    from diffcam_fast import Explainer
+    explainer = Explainer(model)
+    result = explainer(images)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffcam_fast.analysis import AnalysisError, Candidate, Inspection
+    from diffcam_fast.contrast import Contrast, contrast_score
+    from diffcam_fast.explainer import Explainer
+    from diffcam_fast.explanation import Explanation
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AnalysisError": "analysis",
+    "Candidate": "analysis",
+    "Contrast": "contrast",
+    "Explainer": "explainer",
+    "Explanation": "explanation",
+    "Inspection": "analysis",
+    "contrast_score": "contrast",
+}
+
+__all__ = [
+    "AnalysisError",
+    "Candidate",
+    "Contrast",
+    "Explainer",
+    "Explanation",
+    "Inspection",
+    "contrast_score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # PyTorch is imported with the first name that needs it, so that `diffcam --help` is quick.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,161 @@
+"""From a trace to a decision: the target layer, the head behind it, and how its gradient is had."""
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffcam_fast.analysis.head import Head, read_head
+from diffcam_fast.analysis.trace import Node, Trace, trace
+
+
+class AnalysisError(ValueError):
+    """No layer of the model can be explained, or not the one that was asked for; the message lists candidates."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that could be explained.
+
+    Attributes:
+        name: dotted module name, as `get_submodule` takes it.
+        shape: (C, h, w) of its output.
+        note: what speaks against it; empty where nothing does.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    note: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found out about a model at one input size.
+
+    Attributes:
+        layer: dotted module name of the target layer.
+        shape: (C, h, w) of its output.
+        channel_axis: 1 for (N, C, h, w), 3 for (N, h, w, C).
+        head: the operators after the layer, in one line.
+        closed_form: the head is a pooled linear one, and its gradient d W / P needs no backward pass.
+        reason: why it is, or is not.
+        weight: name of the head's weight, (K, C) or (K, C, 1, 1), where the form is closed.
+        probabilities: the model ends in a softmax; the logarithm of its output stands for the logits.
+        candidates: the layers all of the data passes through, last first.
+    """
+
+    layer: str
+    shape: tuple[int, int, int]
+    channel_axis: int
+    head: str
+    closed_form: bool
+    reason: str
+    weight: str | None
+    probabilities: bool
+    candidates: tuple[Candidate, ...]
+
+
+def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> Inspection:
+    """Finds the target layer and reads the head.
+
+    Args:
+        model: an image classifier, unwrapped (see `diffcam_fast.running.unwrap`).
+        images: (N, C, H, W) at the size that will be explained; two tell a batch axis from a single image.
+        layer: dotted module name of the target layer; None: the last spatial activation before the classifier.
+
+    Raises:
+        AnalysisError: no layer fits, or the given one does not.
+        TypeError: the model returns no logits.
+    """
+    flow = trace(model, images)
+    candidates = _candidates(flow)
+    if layer is None:
+        chosen = next((c for c in candidates if not c.note), None)
+        if chosen is None:
+            raise AnalysisError(
+                "no layer found: no module before the classifier's weights returns an activation of more than one "
+                f"cell that all of the data passes through. {_listing(candidates)}"
+            )
+        layer = chosen.name
+    node = _node(model, flow, layer, candidates)
+    head: Head = read_head(model, images, flow, layer, node)
+    h, w = (node.shape[2:] if node.channel_axis == 1 else node.shape[1:3])
+    return Inspection(
+        layer=layer,
+        shape=(node.channels, h, w),
+        channel_axis=node.channel_axis or 1,
+        head=head.operators,
+        closed_form=head.weight is not None,
+        reason=head.reason,
+        weight=head.weight,
+        probabilities=head.probabilities,
+        candidates=candidates,
+    )
+
+
+def _node(model: nn.Module, flow: Trace, layer: str, candidates: tuple[Candidate, ...]) -> Node:
+    if layer not in dict(model.named_modules()):
+        close = difflib.get_close_matches(layer, dict(model.named_modules()), n=3)
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        raise AnalysisError(f"the model has no layer {layer!r}; {hint}{_listing(candidates)}")
+    if flow.calls[layer] > 1:
+        raise AnalysisError(
+            f"layer {layer!r} runs {flow.calls[layer]} times in one forward pass, so that its output is not one "
+            f"activation. {_listing(candidates)}"
+        )
+    node = flow.node_of(layer)
+    if node is None:
+        raise AnalysisError(f"layer {layer!r} does not run, or returns no tensor of its own. {_listing(candidates)}")
+    if len(node.shape) != 4 or node.channel_axis not in (1, 3):
+        raise AnalysisError(
+            f"layer {layer!r} returns {node.shape}, not a spatial activation (N, C, h, w). {_listing(candidates)}"
+        )
+    return node
+
+
+def _candidates(flow: Trace) -> tuple[Candidate, ...]:
+    """One per spatial value that all data passes through, by the outermost module that returns it, last first."""
+    found: list[Candidate] = []
+    weights_after = False
+    bottlenecks = flow.bottlenecks()
+    for later, node in zip(bottlenecks, bottlenecks[1:], strict=False):
+        # Branches between two bottlenecks, a squeeze-and-excitation block say, are no classifier's weights.
+        weights_after = weights_after or (bool(later.parameters) and _mixes_channels(later))
+        once = [name for name in flow.returned_by.get(node.index, ()) if flow.calls[name] == 1]
+        if node.grid is None or not once:
+            continue
+        note = ""
+        if not weights_after:
+            note = "no weights between it and the logits: it is a map of class scores"
+        elif _averages(node):
+            note = "an average of an earlier activation"
+        name = min(once, key=lambda name: (name.count("."), -once.index(name)))
+        found.append(Candidate(name, (node.channels, *node.grid), note))
+    return tuple(found)
+
+
+def _mixes_channels(node: Node) -> bool:
+    return any(kind in node.operator for kind in ("convolution", "mm", "linear"))
+
+
+def _averages(node: Node) -> bool:
+    return "avg_pool" in node.operator or node.operator == "mean"
+
+
+def _listing(candidates: tuple[Candidate, ...]) -> str:
+    if not candidates:
+        return "The model has no candidates."
+    shown = ", ".join(f"{c.name} {c.shape}" for c in candidates[:8])
+    return f"Candidates: {shown}{' ...' if len(candidates) > 8 else ''}"
+
+
+def example_images(model: nn.Module, size: tuple[int, int], *, like: Tensor | None = None) -> Tensor:
+    """Two random images (2, C, H, W) that the model could take: channels, dtype and device of its first weights."""
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = convolution.in_channels if convolution is not None else 3
+    first = like if like is not None else (weights[0] if weights else torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, channels, *size, generator=generator)
+    return images.to(device=first.device, dtype=first.dtype)

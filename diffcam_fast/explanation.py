@@ -1,0 +1,114 @@
+"""The result of an explanation."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffcam_kernels import ops
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Maps of where a classifier looked, with what it said, for N images and T targets each.
+
+    Attributes:
+        logits: (N, K), in the model's dtype.
+        targets: (N, T) int64, the explained classes.
+        scores: (N, T) float32, the explained score S of each target, in units of the logits.
+        maps: (N, T, h, w) float32 at the resolution of the layer, unnormalised, in units of S per cell; at least 0
+            unless the explainer was made with `relu=False`.
+        backend: what computed it, e.g. `torch (cpu), closed form`.
+        layer: dotted name of the target layer.
+        method: name of the method.
+        contrast: name of the contrast.
+
+    Example:
+        >>> import torch
+        >>> maps = torch.tensor([[[[0.0, 1.0], [2.0, 4.0]]]])
+        >>> one = Explanation(torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), maps,
+        ...                   backend="torch (cpu)", layer="layer4", method="grad_cam", contrast="none")
+        >>> one.heatmaps((2, 2))
+        tensor([[[[0.0000, 0.2500],
+                  [0.5000, 1.0000]]]])
+    """
+
+    logits: Tensor
+    targets: Tensor
+    scores: Tensor
+    maps: Tensor
+    backend: str
+    layer: str
+    method: str
+    contrast: str
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Softmax of the logits, (N, K) float32."""
+        return self.logits.float().softmax(dim=1)
+
+    @property
+    def finite(self) -> Tensor:
+        """(N, T) bool: False where a map holds NaN or infinity, which are passed on and never replaced."""
+        return self.maps.isfinite().all(dim=3).all(dim=2)
+
+    def heatmaps(self, size: tuple[int, int]) -> Tensor:
+        """The maps as pictures: min-max to [0, 1] map by map, then bilinear upsampling.
+
+        Args:
+            size: (H, W) in pixels.
+
+        Returns:
+            (N, T, H, W) float32. A constant map is all 0; a map with NaN is all NaN.
+        """
+        return ops.heatmap(self.maps, *size)
+
+    def overlay(self, images: Tensor | np.ndarray, *, alpha: float = 0.5, cmap: str = "turbo") -> np.ndarray:
+        """The heatmaps in colour, blended over the images.
+
+        Args:
+            images: uint8 (N, H, W, 3), or float (N, 3, H, W) in [0, 1]: pictures, not the normalised input.
+            alpha: weight of the colours, in [0, 1].
+            cmap: name of a matplotlib colour map.
+
+        Returns:
+            uint8 (N, T, H, W, 3).
+
+        Raises:
+            ValueError: the images have another shape, count, dtype or range.
+        """
+        from diffcam_fast.images.colour import blend
+
+        pictures = _pictures(images)
+        if pictures.shape[0] != self.maps.shape[0]:
+            raise ValueError(f"{pictures.shape[0]} images for {self.maps.shape[0]} explanations")
+        heatmaps = self.heatmaps((pictures.shape[1], pictures.shape[2])).cpu().numpy()
+        shape = (*heatmaps.shape, 3)
+        return blend(np.broadcast_to(pictures[:, None], shape), heatmaps, alpha=alpha, cmap=cmap)
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """`logits`, `targets`, `scores` and `maps` as arrays in host memory; bfloat16 logits become float32."""
+        logits = self.logits.float() if self.logits.dtype == torch.bfloat16 else self.logits
+        tensors = {"logits": logits, "targets": self.targets, "scores": self.scores, "maps": self.maps}
+        return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+
+def _pictures(images: Tensor | np.ndarray) -> np.ndarray:
+    array = images.detach().cpu().float().numpy() if _is_float(images) else np.asarray(images)
+    if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3:
+        return array
+    if np.issubdtype(array.dtype, np.floating) and array.ndim == 4 and array.shape[1] == 3:
+        if array.size and (array.min() < 0 or array.max() > 1):
+            raise ValueError(
+                f"float images must be pictures in [0, 1], got {array.min():.3g} to {array.max():.3g}; "
+                "undo the normalisation first"
+            )
+        pictures: np.ndarray = np.rint(array.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
+        return pictures
+    raise ValueError(
+        f"images must be uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1]; got {array.dtype} {array.shape}"
+    )
+
+
+def _is_float(images: Tensor | np.ndarray) -> bool:
+    return isinstance(images, Tensor) and images.is_floating_point()

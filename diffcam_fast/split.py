@@ -1,0 +1,120 @@
+"""Running a model split at its target layer: what comes before it, its activation, and the head behind it.
+
+The split is a forward hook on the layer, set for one call and in one thread. Before the layer autograd records
+nothing. For a gradient the hook hands the head a fresh copy of the activation as a leaf and turns recording on, so that
+the graph spans the head alone: neither weights nor earlier layers get a gradient, and an in-place operator behind the
+layer overwrites the copy, never the activation that the map is made of.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcam_fast.running import evaluating, pick_logits
+
+
+@dataclass(frozen=True)
+class Split:
+    """One pass through a split model, free of any graph.
+
+    Attributes:
+        logits: (N, K).
+        activations: A, (N, C, h, w).
+        gradients: G = dS/dA, (N, T, C, h, w); empty where none were asked for.
+    """
+
+    logits: Tensor
+    activations: Tensor
+    gradients: Tensor
+
+
+def forward(model: nn.Module, images: Tensor, layer: str, *, channel_axis: int = 1) -> Split:
+    """A plain forward pass in inference mode that keeps the activation of one layer.
+
+    Raises:
+        RuntimeError: the layer ran more than once, or not at all.
+    """
+    kept: list[Tensor] = []
+    with torch.inference_mode(), evaluating(model), _tapped(model, layer, kept.append):
+        logits = pick_logits(model(images))
+    activation = _once(kept, layer).movedim(channel_axis, 1)
+    # Outside inference mode a clone is an ordinary tensor again, which a caller may change in place.
+    with torch.inference_mode(False), torch.no_grad():
+        return Split(logits.clone(), activation, activation[:, :0])
+
+
+def head_gradients(
+    model: nn.Module,
+    images: Tensor,
+    layer: str,
+    cotangents: Callable[[Tensor], Tensor],
+    *,
+    channel_axis: int = 1,
+    probabilities: bool = False,
+) -> Split:
+    """A forward pass, and the vector-Jacobian products of its head.
+
+    Args:
+        model: the classifier.
+        images: (N, ...).
+        layer: dotted module name.
+        cotangents: from the logits (N, K) to d (N, T, K).
+        channel_axis: where the layer has its channels.
+        probabilities: the model ends in a softmax, see `diffcam_fast.running.pick_logits`.
+
+    Raises:
+        RuntimeError: the layer ran more than once, or not at all, or the logits do not depend on it.
+    """
+    leaves: list[Tensor] = []
+
+    def start_recording(activation: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)
+        leaf = activation.detach().clone().requires_grad_()
+        leaves.append(leaf)
+        # A leaf may not be written in place, its copy may.
+        return leaf.clone()
+
+    # no_grad outermost: leaving it also undoes what the hook turned on.
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+        with _tapped(model, layer, start_recording):
+            logits = pick_logits(model(images), probabilities=probabilities)
+        leaf = _once(leaves, layer)
+        if not logits.requires_grad:
+            raise RuntimeError(f"the logits do not depend on layer {layer!r}, or the model turns gradients off behind it")
+        gradients = _vjp(logits, leaf, cotangents(logits.detach()).to(logits.dtype))
+    return Split(logits.detach(), leaf.detach().movedim(channel_axis, 1), gradients.movedim(channel_axis + 1, 2))
+
+
+def _vjp(logits: Tensor, leaf: Tensor, d: Tensor) -> Tensor:
+    """G (N, T, ...) for d (N, T, K): all targets in one batched backward."""
+    if d.shape[1] == 1:
+        return torch.autograd.grad(logits, leaf, d[:, 0])[0].unsqueeze(1)
+    batched = torch.autograd.grad(logits, leaf, d.movedim(1, 0), is_grads_batched=True)[0]
+    return batched.movedim(0, 1)
+
+
+@contextmanager
+def _tapped(model: nn.Module, layer: str, tap: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Calls `tap` with the output of a layer, and passes on what it returns, in this thread alone."""
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        return tap(output) if threading.get_ident() == thread else None
+
+    handle = model.get_submodule(layer).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _once(taken: list[Tensor], layer: str) -> Tensor:
+    if len(taken) != 1:
+        times = f"{len(taken)} times" if taken else "not at all"
+        raise RuntimeError(f"layer {layer!r} ran {times} in one forward pass; a map needs a layer that runs once")
+    return taken[0]
