@@ -77,12 +77,13 @@ class Explainer:
             raise ValueError(f"{method} is defined by its contrast; without one it is grad_cam")
         self._relu = relu
         self._lock = threading.Lock()
-        self._inspections: dict[tuple[object, ...], Inspection] = {}
+        self._inspections: dict[tuple[tuple[int, int], int | None], Inspection] = {}
         self._layer = _dotted_name(self._model, layer)
         self._found_at: Inspection | None = None
         self._why_not: str = ""
         if example_inputs is not None:
-            self._inspect(example_inputs)
+            examples = self._prepare(example_inputs)[:2]
+            self._inspect(_size(examples), channels=examples.shape[1], examples=examples.repeat(2 // len(examples), 1, 1, 1))
         else:
             self._inspect_usual_sizes()
 
@@ -129,7 +130,7 @@ class Explainer:
         images = self._prepare(images)
         if targets is not None and topk is not None and not isinstance(targets, str):
             raise ValueError("give targets or topk, not both")
-        inspection = self._inspect(images[:2] if len(images) else example_images(self._model, _size(images), like=images))
+        inspection = self._inspect(_size(images), channels=images.shape[1])
         if inspection.closed_form:
             return self._closed_form(images, targets, topk, inspection)
         return self._backward(images, targets, topk, inspection)
@@ -194,17 +195,21 @@ class Explainer:
         first = next((p for p in self._model.parameters() if p.is_floating_point()), None)
         return images if first is None else images.to(device=first.device, dtype=first.dtype)
 
-    def _inspect(self, images: Tensor) -> Inspection:
-        """The analysis at this input size; an average pool of fixed size is global at one size only."""
-        images = self._prepare(images)
-        key = (*images.shape[1:], images.device, images.dtype)
+    def _inspect(
+        self, size: tuple[int, int], *, channels: int | None = None, examples: Tensor | None = None
+    ) -> Inspection:
+        """The analysis at this input size; an average pool of fixed size is global at one size only.
+
+        It runs on random images: what a caller's images hold, NaN say, must not decide how they are explained.
+        """
         with self._lock:
-            found = self._inspections.get(key)
+            found = self._inspections.get((size, channels))
             if found is None:
-                pair = images.expand(2, -1, -1, -1) if len(images) == 1 else images[:2]
-                found = analyse(self._model, pair, layer=self._layer)
-                self._inspections[key] = found
-                self._adopt(found, _size(images))
+                if examples is None:
+                    examples = example_images(self._model, size, channels=channels)
+                found = analyse(self._model, examples, layer=self._layer)
+                self._inspections[size, channels] = self._inspections[size, examples.shape[1]] = found
+                self._adopt(found, size)
         return found
 
     def _adopt(self, found: Inspection, size: tuple[int, int]) -> None:
@@ -221,7 +226,7 @@ class Explainer:
         refused: list[str] = []
         for size in _own_sizes(self._model) or [(s, s) for s in _USUAL_SIZES]:
             try:
-                self._inspect(example_images(self._model, size))
+                self._inspect(size)
                 return
             except AnalysisError:
                 raise

@@ -150,12 +150,17 @@ def _listing(candidates: tuple[Candidate, ...]) -> str:
     return f"Candidates: {shown}{' ...' if len(candidates) > 8 else ''}"
 
 
-def example_images(model: nn.Module, size: tuple[int, int], *, like: Tensor | None = None) -> Tensor:
-    """Two random images (2, C, H, W) that the model could take: channels, dtype and device of its first weights."""
-    weights = [p for p in model.parameters() if p.is_floating_point()]
+def example_images(model: nn.Module, size: tuple[int, int], *, channels: int | None = None) -> Tensor:
+    """Two random images (2, C, H, W) that the model could take, on the device and in the dtype of its weights.
+
+    Args:
+        model: an image classifier.
+        size: (H, W) in pixels.
+        channels: C; None: what its first convolution takes, or 3.
+    """
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = convolution.in_channels if convolution is not None else 3
-    first = like if like is not None else (weights[0] if weights else torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, channels, *size, generator=generator)
-    return images.to(device=first.device, dtype=first.dtype)
+    if channels is None:
+        channels = convolution.in_channels if convolution is not None else 3
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    images = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+    return images.to(device=weight.device, dtype=weight.dtype)
