@@ -41,7 +41,8 @@ def read_image(
 
     Args:
         path: A JPEG, PNG, WebP, BMP, TIFF or GIF file; the content decides, not the suffix.
-        max_pixels: Larger images are refused from their header, before anything is decoded.
+        max_pixels: Larger images are refused from their header, before anything is decoded. To go
+            above the default for TIFF and WebP, raise Pillow's ``Image.MAX_IMAGE_PIXELS`` too.
         max_bytes: Larger files are refused before they are opened.
 
     Returns:
@@ -92,7 +93,7 @@ def _decode(file: IO[bytes], max_pixels: int) -> Image.Image:
     except MemoryError as error:
         raise ImageError("not enough memory to decode it") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"too large: {_plain(error)}") from error
+        raise ImageError(f"too large: more pixels than Pillow allows ({_plain(error)})") from error
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, KeyError,
     # TypeError, EOFError, zlib.error and more on damaged data: all of them mean the same here.
     except Exception as error:
