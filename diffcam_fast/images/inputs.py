@@ -169,7 +169,10 @@ def _listed(lines: Iterable[str], skip: str | None) -> Iterator[_Found]:
 
 
 def _once(found: Iterable[_Found]) -> list[_Found]:
-    return list({os.path.abspath(item.path): item for item in reversed(list(found))}.values())[::-1]
+    first: dict[str, _Found] = {}
+    for item in found:
+        first.setdefault(os.path.abspath(item.path), item)
+    return list(first.values())
 
 
 def _named(found: Sequence[_Found]) -> list[Source]:

@@ -18,9 +18,9 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 
-# A resized image of more than this many times the crop's pixels is not made as a whole: a strip
-# of 1 x 100 million pixels would need gigabytes. Up to there torchvision's two steps are followed.
-_MAX_EXCESS = 64
+# A resized image of more pixels than this is not made as a whole, only the crop of it: a strip of
+# 1 x 100 million pixels would need gigabytes. Up to there torchvision's two steps are followed.
+_MAX_RESIZED = 2**25
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,7 @@ class Preprocess:
         height, width = self.size
         resampling = _RESAMPLING[self.interpolation]
         full_width, full_height = self._resized(*image.size)
-        if full_width * full_height > _MAX_EXCESS * (width / self.crop_pct) * (
-            height / self.crop_pct
-        ):
+        if full_width * full_height > _MAX_RESIZED:
             return image.resize((width, height), resampling, box=self.box(image.size))
         left, top = self._corner(full_width, full_height)
         resized = image.resize((full_width, full_height), resampling)
