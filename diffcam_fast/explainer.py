@@ -13,7 +13,7 @@ from diffcam_fast.analysis.inspection import example_images
 from diffcam_fast.contrast import Contrast, score
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.methods import get_method
-from diffcam_fast.running import tensor_named, unwrap
+from diffcam_fast.running import OutputError, tensor_named, unwrap
 from diffcam_fast.split import Split, forward, head_gradients
 
 # The sizes that image classifiers are made for, tried in this order where the model does not tell its own.
@@ -228,7 +228,7 @@ class Explainer:
             try:
                 self._inspect(size)
                 return
-            except AnalysisError:
+            except (AnalysisError, OutputError):
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a model raises at a size it does not take
                 refused.append(f"{size[0]} x {size[1]}: {error}")

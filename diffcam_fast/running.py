@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 
+class OutputError(TypeError):
+    """A model returns no logits."""
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The plain module inside `torch.compile`, `DataParallel` and `DistributedDataParallel` wrappers.
 
@@ -71,11 +75,11 @@ def pick_logits(output: Any, *, probabilities: bool = False) -> Tensor:
         probabilities: the tensor holds a softmax; its logarithm has the same differences as the logits.
 
     Raises:
-        TypeError: nothing of the kind is there.
+        OutputError: nothing of the kind is there.
     """
     found = _find_logits(output)
     if found is None:
-        raise TypeError(
+        raise OutputError(
             f"the model must return logits (N, K), or something that holds them as `logits`; "
             f"it returned {_describe(output)}"
         )

@@ -66,7 +66,7 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
 
     Raises:
         AnalysisError: no layer fits, or the given one does not.
-        TypeError: the model returns no logits.
+        OutputError: the model returns no logits, a TypeError.
     """
     flow = trace(model, images)
     candidates = _candidates(flow)
@@ -117,16 +117,14 @@ def _node(model: nn.Module, flow: Trace, layer: str, candidates: tuple[Candidate
 def _candidates(flow: Trace) -> tuple[Candidate, ...]:
     """One per spatial value that all data passes through, by the outermost module that returns it, last first."""
     found: list[Candidate] = []
-    weights_after = False
-    bottlenecks = flow.bottlenecks()
-    for later, node in zip(bottlenecks, bottlenecks[1:], strict=False):
-        # Branches between two bottlenecks, a squeeze-and-excitation block say, are no classifier's weights.
-        weights_after = weights_after or (bool(later.parameters) and _mixes_channels(later))
+    mixing = [n.index for n in flow.leading_to_logits() if n.parameters and _mixes_channels(n)]
+    for node in flow.bottlenecks():
         once = [name for name in flow.returned_by.get(node.index, ()) if flow.calls[name] == 1]
         if node.grid is None or not once:
             continue
         note = ""
-        if not weights_after:
+        # Past a bottleneck every later operator belongs to the head.
+        if not any(index > node.index for index in mixing):
             note = "no weights between it and the logits: it is a map of class scores"
         elif _averages(node):
             note = "an average of an earlier activation"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffcam_fast.running import evaluating, pick_logits
+from diffcam_fast.running import OutputError, evaluating, pick_logits
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Trace:
         for i in sorted(self.nodes):
             if i > index and after.intersection(self.nodes[i].parents):
                 after.add(i)
-        return [node for node in self._leading_to_logits() if node.index in after and node.index > index]
+        return [node for node in self.leading_to_logits() if node.index in after and node.index > index]
 
     def bottlenecks(self) -> list[Node]:
         """The nodes through which all of the data passes on its way to the logits, last first."""
-        slice_ = {node.index: node for node in self._leading_to_logits()}
+        slice_ = {node.index: node for node in self.leading_to_logits()}
         frontier, found = {self.logits}, []
         while frontier:
             index = max(frontier)
@@ -99,7 +99,8 @@ class Trace:
             frontier.update(slice_[index].parents)
         return found
 
-    def _leading_to_logits(self) -> list[Node]:
+    def leading_to_logits(self) -> list[Node]:
+        """The nodes that the logits depend on, in order."""
         needed = {self.logits}
         for i in sorted(self.nodes, reverse=True):
             if i in needed:
@@ -111,7 +112,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     """Runs the model once on images (N, C, H, W) and follows the data.
 
     Raises:
-        TypeError: the model returns no logits, or they do not come from its operators.
+        OutputError: the model returns no logits, or they do not come from its operators.
     """
     recorder = _Recorder(model, images)
     quiet = torch.autocast(images.device.type, enabled=False)
@@ -120,7 +121,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         found = pick_logits(output)
     logits = recorder.value_of(found)
     if logits is None or logits < 0:
-        raise TypeError("the logits do not depend on the images through operators that PyTorch dispatches")
+        raise OutputError("the logits do not depend on the images through operators that PyTorch dispatches")
     returned_by = {index: tuple(names) for index, names in recorder.returned_by.items()}
     return Trace(recorder.nodes, returned_by, recorder.calls, logits, found.shape[1])
 

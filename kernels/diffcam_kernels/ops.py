@@ -115,7 +115,7 @@ def gradient_cam(activations: Tensor, gradients: Tensor, reduction: str, relu: b
         f"need A (N, C, h, w) and G (N, T, C, h, w), got {tuple(activations.shape)} and {tuple(gradients.shape)}",
     )
     _require(reduction in ref.REDUCTIONS, f"unknown reduction {reduction!r}; there are {', '.join(ref.REDUCTIONS)}")
-    return ref.gradient_cam(activations, gradients, reduction, relu)
+    return ref.gradient_cam(activations, gradients, reduction, relu).contiguous()
 
 
 @gradient_cam.register_fake

@@ -1,0 +1,194 @@
+"""Finding the layer and reading the head, on networks that are built to be awkward."""
+
+import pytest
+import torch
+from diffcam_fast import AnalysisError, Explainer
+from diffcam_fast.analysis import analyse
+from diffcam_fast.analysis.trace import trace
+from networks import Overwritten, images, pooled, with_mlp
+from torch import Tensor, nn
+
+
+class Functional(nn.Module):
+    """Everything behind the last convolution is written with functions, and the convolution has an odd name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Conv2d(3, 4, 3)
+        self.conv = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.fc(x).flatten(2).mean(dim=2), self.conv)
+
+
+class ConvolutionFirst(nn.Module):
+    """1x1 convolution, then pooling: the same linear head in the other order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
+        self.classify = nn.Sequential(nn.Dropout(), nn.Conv2d(6, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classify(self.body(x))
+        return logits
+
+
+class Bypassed(nn.Module):
+    """The head reads an early activation beside the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Conv2d(3, 4, 3)
+        self.late = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.early(x)
+        both = torch.cat([early.mean(dim=(2, 3)), self.late(early).mean(dim=(2, 3))], dim=1)
+        logits: Tensor = self.head(both)
+        return logits
+
+
+class Gated(nn.Module):
+    """Squeeze-and-excitation in front of the pooling, and one ReLU module that serves twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
+        self.gate = nn.Conv2d(4, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        x = self.norm(x * torch.sigmoid(self.gate(x.mean(dim=(2, 3), keepdim=True))))
+        logits: Tensor = self.head(self.relu(x).mean(dim=(2, 3)))
+        return logits
+
+
+class ChannelsLast(nn.Module):
+    """Tokens on a grid, (N, h, w, C), as Swin has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm, self.head = nn.Conv2d(3, 6, 2, 2), nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.patches(x).permute(0, 2, 3, 1)).mean(dim=(1, 2)))
+        return logits
+
+
+CASES = [
+    (pooled(), "0", (8, 5, 6), "2.weight", ""),
+    (with_mlp(), "0", (8, 5, 6), None, "tanh"),
+    (Overwritten(), "features", (8, 10, 12), None, "relu is neither"),
+    (Functional(), "fc", (4, 8, 10), "conv", ""),
+    (ConvolutionFirst(), "body", (6, 8, 10), "classify.1.weight", ""),
+    (Gated(), "norm", (4, 8, 10), None, "relu"),
+    (ChannelsLast(), "norm", (6, 5, 6), "head.weight", ""),
+]
+
+
+@pytest.mark.parametrize(("model", "layer", "shape", "weight", "why_not"), CASES, ids=lambda v: type(v).__name__)
+def test_layer_and_head(
+    model: nn.Module, layer: str, shape: tuple[int, int, int], weight: str | None, why_not: str
+) -> None:
+    found = analyse(model.eval(), images(2))
+    assert (found.layer, found.shape, found.weight) == (layer, shape, weight)
+    assert found.closed_form == (weight is not None)
+    assert why_not in found.reason
+    assert model.get_submodule(found.layer) is not model
+
+
+def test_names_play_no_part() -> None:
+    plain = analyse(pooled(), images(2))
+    wrapped = nn.Module()
+    wrapped.add_module("loss_sigmoid_relu", pooled())
+    wrapped.forward = lambda x: {"aux": x, "logits": wrapped.loss_sigmoid_relu(x)}  # type: ignore[method-assign]
+    found = analyse(wrapped, images(2))
+    assert found.layer == f"loss_sigmoid_relu.{plain.layer}"
+    assert found.closed_form
+
+
+def test_a_path_around_the_layer_is_no_closed_form() -> None:
+    model = Bypassed().eval()
+    found = analyse(model, images(2), layer="late")
+    assert not found.closed_form
+    assert "does not pass through the layer" in found.reason
+    assert analyse(model, images(2)).layer == "early"
+
+
+def test_a_scaled_head_is_affine_but_not_its_weight() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = pooled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.net(x)  # type: ignore[no-any-return]
+
+    found = analyse(Scaled(), images(2))
+    assert not found.closed_form
+    assert "is not d W / (h w)" in found.reason
+
+
+def test_a_window_that_is_smaller_than_the_map_is_no_global_pool() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(7), nn.Flatten(), nn.Linear(4, 3)).eval()
+    assert analyse(model, torch.randn(2, 3, 7, 7)).closed_form
+    # At 10 x 10 the window of 7 x 7 leaves a border out, and its gradient is 0 there.
+    assert not analyse(model, torch.randn(2, 3, 10, 10), layer="0").closed_form
+    explainer = Explainer(model, layer="0", method="grad_cam", relu=False, example_inputs=torch.randn(2, 3, 7, 7))
+    assert "closed form" in explainer(torch.randn(1, 3, 7, 7), 0).backend
+    assert "backward" in explainer(torch.randn(1, 3, 10, 10), 0).backend
+
+
+def test_probabilities_are_recognised() -> None:
+    model = nn.Sequential(pooled(), nn.Softmax(dim=1)).eval()
+    found = analyse(model, images(2))
+    assert found.probabilities
+    inside = Explainer(pooled(), relu=False)(images())
+    outside = Explainer(model, relu=False, example_inputs=images())(images())
+    assert torch.allclose(outside.maps, inside.maps, atol=1e-6)
+
+
+def test_unknown_layer_suggests_close_names() -> None:
+    with pytest.raises(AnalysisError, match="no layer 'feature'; did you mean features.*Candidates: features"):
+        Explainer(Overwritten(), layer="feature")
+
+
+def test_layer_that_runs_twice_is_refused() -> None:
+    with pytest.raises(AnalysisError, match="'relu' runs 2 times in one forward pass"):
+        Explainer(Gated(), layer="relu")
+
+
+def test_layer_without_cells_is_refused() -> None:
+    with pytest.raises(AnalysisError, match="'head' returns .*, not a spatial activation"):
+        Explainer(Overwritten(), layer="classifier") if False else Explainer(Gated(), layer="head")
+
+
+def test_no_spatial_layer_lists_what_there_is() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    with pytest.raises(AnalysisError, match="no layer found.*no candidates"):
+        Explainer(model, example_inputs=torch.randn(1, 3, 8, 8))
+
+
+def test_module_of_another_model_is_refused() -> None:
+    with pytest.raises(AnalysisError, match="a Conv2d, is no module inside"):
+        Explainer(pooled(), layer=nn.Conv2d(3, 3, 1))
+
+
+def test_a_model_of_one_size_takes_the_layer_from_the_first_call() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 19 * 19, 3)).eval()
+    explainer = Explainer(model)
+    with pytest.raises(AnalysisError, match="not known before the first call"):
+        _ = explainer.layer
+    assert explainer(torch.randn(1, 3, 21, 21)).maps.shape == (1, 1, 19, 19)
+    assert explainer.layer == "1"
+
+
+def test_every_value_of_a_trace_is_made_before_it_is_read() -> None:
+    flow = trace(Gated().eval(), images(2))
+    assert all(parent < node.index for node in flow.nodes.values() for parent in node.parents)
+    assert flow.calls["relu"] == 2
+    assert flow.classes == 3
