@@ -2,7 +2,8 @@
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffcam_kernels import ops
@@ -138,7 +139,7 @@ class Explainer:
     def _closed_form(self, images: Tensor, targets: Targets, topk: int | None, found: Inspection) -> Explanation:
         assert found.weight is not None
         split = forward(self._model, images, found.layer, channel_axis=found.channel_axis)
-        with torch.inference_mode(False), torch.no_grad(), _no_autocast(images):
+        with _plain_float32(images):
             classes = _resolve(targets, topk, split.logits)
             d = self._contrast.gradient(split.logits, classes)
             weight = tensor_named(self._model, found.weight).detach().flatten(1)
@@ -150,7 +151,7 @@ class Explainer:
         chosen: list[tuple[Tensor, Tensor]] = []
 
         def cotangents(logits: Tensor) -> Tensor:
-            with _no_autocast(logits):
+            with _plain_float32(logits):
                 classes = _resolve(targets, topk, logits)
                 d = self._contrast.gradient(logits, classes)
             chosen.append((classes, d))
@@ -165,18 +166,20 @@ class Explainer:
             probabilities=found.probabilities,
         )
         [(classes, d)] = chosen
-        with torch.inference_mode(False), torch.no_grad(), _no_autocast(images):
+        with _plain_float32(images):
             maps = ops.gradient_cam(split.activations, split.gradients, self._method.reduction, self._relu)
         return self._explanation(split, classes, d, maps, found, "backward of the head")
 
     def _explanation(
         self, split: Split, classes: Tensor, d: Tensor, maps: Tensor, found: Inspection, how: str
     ) -> Explanation:
+        with _plain_float32(maps):
+            scores, maps = score(split.logits, d).float(), maps.float()
         return Explanation(
             logits=split.logits,
             targets=classes,
-            scores=score(split.logits, d).float(),
-            maps=maps.float(),
+            scores=scores,
+            maps=maps,
             backend=f"torch ({maps.device}), {how}",
             layer=found.layer,
             method=self._method.name,
@@ -283,6 +286,8 @@ def _resolve(targets: Targets, topk: int | None, logits: Tensor) -> Tensor:
     return classes.to(device=logits.device, dtype=torch.int64)
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
-    """Contrasts and maps are float32 work, whatever the caller runs the model in."""
-    return torch.autocast(tensor.device.type, enabled=False)
+@contextmanager
+def _plain_float32(tensor: Tensor) -> Iterator[None]:
+    """Contrasts and maps are float32 work on ordinary tensors, whatever modes the caller is in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+        yield

@@ -230,7 +230,7 @@ def test_bytes_alive_after_a_call_are_those_of_the_result(model: nn.Module) -> N
 
 def live_bytes() -> int:
     gc.collect()
-    tensors = [o for o in gc.get_objects() if isinstance(o, Tensor)]
+    tensors = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
