@@ -104,6 +104,7 @@ def _template() -> Template:
         csp_hash=_csp_hash,
         data_uri=_data_uri,
         href=_href,
+        bar=_bar,
         percent=_percent,
         number=_number,
         sort_key=_sort_key,
@@ -133,6 +134,11 @@ def _href(file: str) -> str:
         return path.as_uri()
     # Quoting takes ":" too, so that no name can pass for a scheme such as javascript:.
     return quote(os.fsencode(path.as_posix()))
+
+
+def _bar(value: float) -> str:
+    # An attribute of an SVG shape: the page's policy would block a style attribute.
+    return f"{value:.2%}" if math.isfinite(value) else "0"
 
 
 def _percent(value: float) -> str:
