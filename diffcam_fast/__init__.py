@@ -1,8 +1,8 @@
 """diffcam-fast: where an image classifier looked, for every prediction, at the rate it predicts.
 
-    from diffcam_fast import Explainer
-    explainer = Explainer(model)
-    result = explainer(images)
+from diffcam_fast import Explainer
+explainer = Explainer(model)
+result = explainer(images)
 """
 
 from importlib import import_module

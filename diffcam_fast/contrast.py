@@ -1,8 +1,9 @@
 """What a target class is held against.
 
 A softmax sees only differences of logits, so the explained score is a difference,
-`S = z_c - sum_{j != c} q_j z_j`, with q a softmax of the other logits at temperature T, held fixed. Its gradient in
-the logits, `d = e_c - q`, is all that a contrast changes; every method takes it in place of the one-hot.
+`S = z_c - sum_{j != c} q_j z_j`, with q a softmax of the other logits at temperature T, held fixed.
+Its gradient in the logits, `d = e_c - q`, is all that a contrast changes; every method takes it in
+place of the one-hot.
 """
 
 import math
@@ -10,10 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffcam_kernels import ops
+from diffcam_kernels import ops, reference
 from torch import Tensor
 
-_NAMED: dict[str, float | None] = {"mean": math.inf, "log_odds": 1.0, "runner_up": 0.0, "none": None}
+_NAMED: dict[str, float | None] = {
+    "mean": math.inf,
+    "log_odds": 1.0,
+    "runner_up": 0.0,
+    "none": None,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,15 +27,17 @@ class Contrast:
     """A contrast: which other classes a target is compared with, and how they are weighed.
 
     Attributes:
-        temperature: T in [0, inf], in units of the logits: inf takes the plain mean of the other classes, 1 gives
-            the gradient of the log-odds log(p_c / (1 - p_c)), 0 takes the best other class alone. None: no
-            contrast, the score is the logit of the target.
-        reference: class indices to contrast with, for every image; None: all classes but the target.
-        weights: q itself, (K,) or (N, K), each row summing to 1 with 0 at the target; replaces the temperature.
+        temperature: T in [0, inf], in units of the logits: inf takes the plain mean of the other
+            classes, 1 gives the gradient of the log-odds log(p_c / (1 - p_c)), 0 takes the best
+            other class alone. None: no contrast, the score is the logit of the target.
+        reference: class indices to contrast with, for every image; None: all classes but the
+            target.
+        weights: q itself, (K,) or (N, K), each row summing to 1 with 0 at the target; replaces the
+            temperature.
 
     Raises:
-        ValueError: a temperature below 0, an empty or repeated reference, or two of the settings that exclude
-            each other.
+        ValueError: a temperature below 0, an empty or repeated reference, or two of the settings
+            that exclude each other.
 
     Example:
         >>> import torch
@@ -45,20 +53,29 @@ class Contrast:
     def __post_init__(self) -> None:
         if self.temperature is not None and not self.temperature >= 0:
             raise ValueError(
-                f"temperature must be 0 (the best other class), positive, or inf (their mean); got {self.temperature}"
+                "temperature must be 0 (the best other class), positive, or inf (their "
+                f"mean); got {self.temperature}"
             )
         if self.weights is not None and self.reference is not None:
             raise ValueError("give reference classes or weights, not both")
         if self.reference is not None:
             object.__setattr__(self, "reference", tuple(int(c) for c in self.reference))
             if not self.reference or len(set(self.reference)) < len(self.reference):
-                raise ValueError(f"reference must name each class once, and one at least; got {self.reference}")
+                raise ValueError(
+                    f"reference must name each class once, and one at least; got {self.reference}"
+                )
             if self.temperature is None:
-                raise ValueError("reference classes need a temperature; got None, which means no contrast")
+                raise ValueError(
+                    "reference classes need a temperature; got None, which means no contrast"
+                )
 
     @classmethod
     def parse(
-        cls, contrast: "str | Contrast", *, temperature: float | None = None, reference: Sequence[int] | None = None
+        cls,
+        contrast: "str | Contrast",
+        *,
+        temperature: float | None = None,
+        reference: Sequence[int] | None = None,
     ) -> "Contrast":
         """A contrast from its name (`mean`, `log_odds`, `runner_up`, `none`), or the one given.
 
@@ -72,41 +89,56 @@ class Contrast:
         """
         if isinstance(contrast, Contrast):
             if temperature is not None or reference is not None:
-                raise ValueError("a Contrast carries its own temperature and reference; give them there")
+                raise ValueError(
+                    "a Contrast carries its own temperature and reference; give them there"
+                )
             return contrast
         if contrast not in _NAMED:
             raise ValueError(f"unknown contrast {contrast!r}; there are {', '.join(_NAMED)}")
         if temperature is not None and contrast != "log_odds":
-            raise ValueError(f"contrast {contrast!r} has its own temperature; only log_odds takes another")
+            raise ValueError(
+                f"contrast {contrast!r} has its own temperature; only log_odds takes another"
+            )
         chosen = _NAMED[contrast] if temperature is None else temperature
         return cls(chosen, None if reference is None else tuple(reference))
 
     @property
     def name(self) -> str:
-        """`mean`, `log_odds`, `runner_up`, `none`, `temperature=T` or `weights`, with the reference classes."""
+        """`mean`, `log_odds`, `runner_up`, `none`, `temperature=T` or `weights`, with the reference
+        classes."""
         if self.weights is not None:
             return "weights"
         named = {value: name for name, value in _NAMED.items()}
         name = named.get(self.temperature) or f"temperature={self.temperature:g}"
-        return name if self.reference is None else f"{name} against {','.join(map(str, self.reference))}"
+        return (
+            name
+            if self.reference is None
+            else f"{name} against {','.join(map(str, self.reference))}"
+        )
 
     def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """d = dS/dz, (N, T, K) float32 (float64 for float64 logits), from logits (N, K) and targets (N, T) int64.
+        """d = dS/dz, (N, T, K) float32 (float64 for float64 logits), from logits (N, K) and targets
+        (N, T) int64.
 
         Raises:
-            ValueError: one class only; a reference class that is out of range or is a target; weights that do not
-                fit the logits, do not sum to 1, or are not 0 at a target.
+            ValueError: one class only; a reference class that is out of range or is a target;
+                weights that do not fit the logits, do not sum to 1, or are not 0 at a target.
         """
-        return ops.contrast_gradient(
-            logits, targets, self.temperature, self._reference_mask(logits, targets), self._weights(logits, targets)
+        compared = self._reference_mask(logits, targets)
+        weights = self._weights(logits, targets)
+        gradient: Tensor = ops.contrast_gradient(
+            logits, targets, self.temperature, compared, weights
         )
+        return gradient
 
     def _reference_mask(self, logits: Tensor, targets: Tensor) -> Tensor | None:
         if self.reference is None:
             return None
         classes = torch.tensor(self.reference, device=logits.device)
         if min(self.reference) < 0 or max(self.reference) >= logits.shape[1]:
-            raise ValueError(f"reference {self.reference} leaves the classes 0 to {logits.shape[1] - 1}")
+            raise ValueError(
+                f"reference {self.reference} leaves the classes 0 to {logits.shape[1] - 1}"
+            )
         if torch.isin(targets, classes).any():
             raise ValueError(f"a target is itself among the reference classes {self.reference}")
         mask = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
@@ -118,16 +150,25 @@ class Contrast:
             return None
         if self.weights.shape not in (logits.shape, logits.shape[1:]):
             n, k = logits.shape
-            raise ValueError(f"weights must be ({k},) or ({n}, {k}), got {tuple(self.weights.shape)}")
+            raise ValueError(
+                f"weights must be ({k},) or ({n}, {k}), got {tuple(self.weights.shape)}"
+            )
         weights = self.weights.to(logits.device).expand(logits.shape)
-        if not torch.allclose(weights.double().sum(dim=1), weights.new_ones((), dtype=torch.double), atol=1e-5):
-            raise ValueError("weights must sum to 1 for each image; a common shift of the logits would count otherwise")
+        if not torch.allclose(
+            weights.double().sum(dim=1), weights.new_ones((), dtype=torch.double), atol=1e-5
+        ):
+            raise ValueError(
+                "weights must sum to 1 for each image; a common shift of the logits would "
+                "count otherwise"
+            )
         if (weights.gather(1, targets) != 0).any():
             raise ValueError("weights must be 0 at the target class")
         return weights
 
 
-def contrast_score(logits: Tensor, targets: Tensor, contrast: str | Contrast = "log_odds") -> Tensor:
+def contrast_score(
+    logits: Tensor, targets: Tensor, contrast: str | Contrast = "log_odds"
+) -> Tensor:
     """The explained score S = z_c - sum_{j != c} q_j z_j, with q held fixed.
 
     Its value exceeds the log-odds by the entropy of q at T = 1; the gradients are the same.
@@ -146,11 +187,4 @@ def contrast_score(logits: Tensor, targets: Tensor, contrast: str | Contrast = "
         tensor([[2.5000]])
     """
     d = Contrast.parse(contrast).gradient(logits.detach(), targets)
-    return score(logits, d)
-
-
-def score(logits: Tensor, gradient: Tensor) -> Tensor:
-    """S (N, T) from the logits (N, K) and d (N, T, K)."""
-    from diffcam_kernels import reference
-
-    return reference.contrast_score(logits, gradient)
+    return reference.contrast_score(logits, d)

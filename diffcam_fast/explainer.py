@@ -6,41 +6,46 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from diffcam_kernels import ops
+from diffcam_kernels import ops, reference
 from torch import Tensor, nn
 
 from diffcam_fast.analysis import AnalysisError, Inspection, analyse
 from diffcam_fast.analysis.inspection import example_images
-from diffcam_fast.contrast import Contrast, score
+from diffcam_fast.contrast import Contrast
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.methods import get_method
 from diffcam_fast.running import OutputError, tensor_named, unwrap
 from diffcam_fast.split import Split, forward, head_gradients
 
-# The sizes that image classifiers are made for, tried in this order where the model does not tell its own.
+# The sizes that image classifiers are made for, tried in this order where the model does not tell
+# its own.
 _USUAL_SIZES = (224, 299, 384, 256, 128, 64, 32, 28)
 
 Targets = None | str | int | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
 class Explainer:
-    """Explains an image classifier: for each image and target class, a map of where the network looked.
+    """Explains an image classifier: for each image and target class, a map of where the network
+    looked.
 
-    The target layer is found by running the model once and following its data. Behind it a pooled linear head is
-    explained in closed form, in inference mode and without a backward pass; any other head by a backward of the head
-    alone. The model is left as it was: training flags, `requires_grad`, `.grad` and hooks. Several threads may share
-    one explainer.
+    The target layer is found by running the model once and following its data. Behind it a pooled
+    linear head is explained in closed form, in inference mode and without a backward pass; any
+    other head by a backward of the head alone. The model is left as it was: training flags,
+    `requires_grad`, `.grad` and hooks. Several threads may share one explainer.
 
     Args:
-        model: returns logits (N, K), or an object or mapping with `logits`. It may be frozen, in half precision, on
-            any device, or wrapped by `torch.compile` or `DataParallel`, whose inner module runs then.
-        layer: the target layer, a module of the model or its dotted name; None: the last spatial activation before
-            the classifier.
+        model: returns logits (N, K), or an object or mapping with `logits`. It may be frozen, in
+            half precision, on any device, or wrapped by `torch.compile` or `DataParallel`, whose
+            inner module runs then.
+        layer: the target layer, a module of the model or its dotted name; None: the last spatial
+            activation before the classifier.
         method: `diff_grad_cam`, `grad_cam` or `hires_cam`.
-        contrast: `mean`, `log_odds`, `runner_up`, `none`, or a `Contrast`; None: what the method takes by default.
+        contrast: `mean`, `log_odds`, `runner_up`, `none`, or a `Contrast`; None: what the method
+            takes by default.
         temperature: another temperature for `log_odds`, at least 0, in units of the logits.
         relu: clip negative cells of the maps to 0.
-        example_inputs: (N, C, H, W), the kind of input the model takes; None: random images of a usual size.
+        example_inputs: (N, C, H, W), the kind of input the model takes; None: random images of a
+            usual size.
 
     Raises:
         AnalysisError: no layer fits, or not the one given; the message lists candidates.
@@ -69,11 +74,16 @@ class Explainer:
         example_inputs: Tensor | None = None,
     ) -> None:
         if isinstance(model, torch.jit.ScriptModule):
-            raise TypeError("a TorchScript model cannot be split at a layer; give the nn.Module it was made from")
+            raise TypeError(
+                "a TorchScript model cannot be split at a layer; give the nn.Module it was "
+                "made from"
+            )
         self._model = unwrap(model)
         self._method = get_method(method)
         default = "log_odds" if temperature is not None else self._method.contrast
-        self._contrast = Contrast.parse(default if contrast is None else contrast, temperature=temperature)
+        self._contrast = Contrast.parse(
+            default if contrast is None else contrast, temperature=temperature
+        )
         if self._method.needs_contrast and self._contrast.name == "none":
             raise ValueError(f"{method} is defined by its contrast; without one it is grad_cam")
         self._relu = relu
@@ -84,7 +94,11 @@ class Explainer:
         self._why_not: str = ""
         if example_inputs is not None:
             examples = self._prepare(example_inputs)[:2]
-            self._inspect(_size(examples), channels=examples.shape[1], examples=examples.repeat(2 // len(examples), 1, 1, 1))
+            self._inspect(
+                _size(examples),
+                channels=examples.shape[1],
+                examples=examples.repeat(2 // len(examples), 1, 1, 1),
+            )
         else:
             self._inspect_usual_sizes()
 
@@ -93,10 +107,14 @@ class Explainer:
         """Dotted module name of the target layer, as `get_submodule` takes it.
 
         Raises:
-            AnalysisError: the model took no random image of a usual size, and has not been called yet.
+            AnalysisError: the model took no random image of a usual size, and has not been called
+                yet.
         """
         if self._layer is None:
-            raise AnalysisError(f"the layer is not known before the first call, or give example_inputs: {self._why_not}")
+            raise AnalysisError(
+                "the layer is not known before the first call, or give example_inputs: "
+                f"{self._why_not}"
+            )
         return self._layer
 
     def inspect(self) -> Inspection:
@@ -106,17 +124,22 @@ class Explainer:
             AnalysisError: as for `layer`.
         """
         if self._found_at is None:
-            raise AnalysisError(f"nothing is known before the first call, or give example_inputs: {self._why_not}")
+            raise AnalysisError(
+                f"nothing is known before the first call, or give example_inputs: {self._why_not}"
+            )
         return self._found_at
 
-    def __call__(self, images: Tensor, targets: Targets = None, *, topk: int | None = None) -> Explanation:
+    def __call__(
+        self, images: Tensor, targets: Targets = None, *, topk: int | None = None
+    ) -> Explanation:
         """Explains a batch.
 
         Args:
-            images: (N, C, H, W) float, normalised as the model takes it. It is moved to the model's device and cast
-                to its dtype.
-            targets: the classes to explain. None or "predicted": the predicted class of each image. An int: this
-                class for every image. N ints, or an int64 tensor (N,): one class an image. N rows of T ints, or a
+            images: (N, C, H, W) float, normalised as the model takes it. It is moved to the model's
+                device and cast to its dtype.
+            targets: the classes to explain. None or "predicted": the predicted class of each image.
+                An int: this class for every image. N ints, or an int64 tensor (N,): one class an
+                    image. N rows of T ints, or a
                 tensor (N, T): T classes an image.
             topk: the k classes of the largest logits instead, best first.
 
@@ -136,7 +159,9 @@ class Explainer:
             return self._closed_form(images, targets, topk, inspection)
         return self._backward(images, targets, topk, inspection)
 
-    def _closed_form(self, images: Tensor, targets: Targets, topk: int | None, found: Inspection) -> Explanation:
+    def _closed_form(
+        self, images: Tensor, targets: Targets, topk: int | None, found: Inspection
+    ) -> Explanation:
         assert found.weight is not None
         split = forward(self._model, images, found.layer, channel_axis=found.channel_axis)
         with _plain_float32(images):
@@ -144,10 +169,14 @@ class Explainer:
             d = self._contrast.gradient(split.logits, classes)
             weight = tensor_named(self._model, found.weight).detach().flatten(1)
             cells = split.activations.shape[2] * split.activations.shape[3]
-            maps = ops.pooled_cam(split.activations, ops.channel_weights(d, weight, cells), self._relu)
+            maps = ops.pooled_cam(
+                split.activations, ops.channel_weights(d, weight, cells), self._relu
+            )
         return self._explanation(split, classes, d, maps, found, "closed form")
 
-    def _backward(self, images: Tensor, targets: Targets, topk: int | None, found: Inspection) -> Explanation:
+    def _backward(
+        self, images: Tensor, targets: Targets, topk: int | None, found: Inspection
+    ) -> Explanation:
         chosen: list[tuple[Tensor, Tensor]] = []
 
         def cotangents(logits: Tensor) -> Tensor:
@@ -167,14 +196,16 @@ class Explainer:
         )
         [(classes, d)] = chosen
         with _plain_float32(images):
-            maps = ops.gradient_cam(split.activations, split.gradients, self._method.reduction, self._relu)
+            maps = ops.gradient_cam(
+                split.activations, split.gradients, self._method.reduction, self._relu
+            )
         return self._explanation(split, classes, d, maps, found, "backward of the head")
 
     def _explanation(
         self, split: Split, classes: Tensor, d: Tensor, maps: Tensor, found: Inspection, how: str
     ) -> Explanation:
         with _plain_float32(maps):
-            scores, maps = score(split.logits, d).float(), maps.float()
+            scores, maps = reference.contrast_score(split.logits, d).float(), maps.float()
         return Explanation(
             logits=split.logits,
             targets=classes,
@@ -190,7 +221,10 @@ class Explainer:
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor (N, C, H, W), got {type(images).__name__}")
         if not images.is_floating_point():
-            raise TypeError(f"images must be floating point, normalised as the model takes them; got {images.dtype}")
+            raise TypeError(
+                "images must be floating point, normalised as the model takes them; got "
+                f"{images.dtype}"
+            )
         if images.ndim != 4:
             hint = "; add the batch axis, images[None]" if images.ndim == 3 else ""
             raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}{hint}")
@@ -201,9 +235,11 @@ class Explainer:
     def _inspect(
         self, size: tuple[int, int], *, channels: int | None = None, examples: Tensor | None = None
     ) -> Inspection:
-        """The analysis at this input size; an average pool of fixed size is global at one size only.
+        """The analysis at this input size; an average pool of fixed size is global at one size
+        only.
 
-        It runs on random images: what a caller's images hold, NaN say, must not decide how they are explained.
+        It runs on random images: what a caller's images hold, NaN say, must not decide how they are
+            explained.
         """
         with self._lock:
             found = self._inspections.get((size, channels))
@@ -211,7 +247,9 @@ class Explainer:
                 if examples is None:
                     examples = example_images(self._model, size, channels=channels)
                 found = analyse(self._model, examples, layer=self._layer)
-                self._inspections[size, channels] = self._inspections[size, examples.shape[1]] = found
+                self._inspections[size, channels] = self._inspections[size, examples.shape[1]] = (
+                    found
+                )
                 self._adopt(found, size)
         return found
 
@@ -220,7 +258,8 @@ class Explainer:
             self._found_at, self._layer = found, found.layer
         elif found.shape[1:] == (1, 1):
             warnings.warn(
-                f"at {size[0]} x {size[1]} pixels layer {found.layer!r} has a single cell, and its maps say nothing; "
+                f"at {size[0]} x {size[1]} pixels layer {found.layer!r} has a single cell, "
+                "and its maps say nothing; "
                 "give an earlier layer, or example_inputs of this size",
                 stacklevel=4,
             )
@@ -239,12 +278,14 @@ class Explainer:
 
 
 def _dotted_name(model: nn.Module, layer: str | nn.Module | None) -> str | None:
-    if not isinstance(layer, nn.Module):
+    if layer is None or isinstance(layer, str):
         return layer
     layer = unwrap(layer)
-    name = next((name for name, module in model.named_modules() if module is layer), None)
+    name: str | None = next((n for n, module in model.named_modules() if module is layer), None)
     if not name:
-        raise AnalysisError(f"the given layer, a {type(layer).__name__}, is no module inside the model")
+        raise AnalysisError(
+            f"the given layer, a {type(layer).__name__}, is no module inside the model"
+        )
     return name
 
 
@@ -267,27 +308,38 @@ def _resolve(targets: Targets, topk: int | None, logits: Tensor) -> Tensor:
             raise ValueError(f"topk must be from 1 to the {k} classes, got {topk}")
         return logits.topk(topk, dim=1).indices
     if targets is None or targets == "predicted":
-        return logits.argmax(dim=1, keepdim=True) if n else logits.new_zeros((0, 1), dtype=torch.int64)
+        return (
+            logits.argmax(dim=1, keepdim=True) if n else logits.new_zeros((0, 1), dtype=torch.int64)
+        )
     if isinstance(targets, str):
         raise ValueError(f"targets must be classes or 'predicted', got {targets!r}")
     classes = torch.as_tensor(targets)
     if classes.dtype.is_floating_point or classes.dtype.is_complex or classes.dtype == torch.bool:
-        raise TypeError(f"targets must be whole numbers, the indices of classes; got {classes.dtype}")
+        raise TypeError(
+            f"targets must be whole numbers, the indices of classes; got {classes.dtype}"
+        )
     if classes.ndim == 0:
         classes = classes.expand(n)
     if classes.ndim == 1:
         classes = classes[:, None]
     if classes.ndim != 2 or classes.shape[0] != n or classes.shape[1] == 0:
         raise ValueError(
-            f"targets must be one class, N = {n} classes, or (N, T) classes; got the shape {tuple(classes.shape)}"
+            f"targets must be one class, N = {n} classes, or (N, T) classes; got the shape "
+            f"{tuple(classes.shape)}"
         )
-    if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < k):
-        raise ValueError(f"targets must be from 0 to {k - 1}, got {int(classes.min())} to {int(classes.max())}")
+    if classes.numel() and not (int(classes.min()) >= 0 and int(classes.max()) < k):
+        raise ValueError(
+            f"targets must be from 0 to {k - 1}, got {int(classes.min())} to {int(classes.max())}"
+        )
     return classes.to(device=logits.device, dtype=torch.int64)
 
 
 @contextmanager
 def _plain_float32(tensor: Tensor) -> Iterator[None]:
     """Contrasts and maps are float32 work on ordinary tensors, whatever modes the caller is in."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(tensor.device.type, enabled=False),
+    ):
         yield

@@ -16,8 +16,8 @@ class Explanation:
         logits: (N, K), in the model's dtype.
         targets: (N, T) int64, the explained classes.
         scores: (N, T) float32, the explained score S of each target, in units of the logits.
-        maps: (N, T, h, w) float32 at the resolution of the layer, unnormalised, in units of S per cell; at least 0
-            unless the explainer was made with `relu=False`.
+        maps: (N, T, h, w) float32 at the resolution of the layer, unnormalised, in units of S per
+            cell; at least 0 unless the explainer was made with `relu=False`.
         backend: what computed it, e.g. `torch (cpu), closed form`.
         layer: dotted name of the target layer.
         method: name of the method.
@@ -25,9 +25,16 @@ class Explanation:
 
     Example:
         >>> import torch
-        >>> maps = torch.tensor([[[[0.0, 1.0], [2.0, 4.0]]]])
-        >>> one = Explanation(torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), maps,
-        ...                   backend="torch (cpu)", layer="layer4", method="grad_cam", contrast="none")
+        >>> one = Explanation(
+        ...     logits=torch.zeros(1, 2),
+        ...     targets=torch.zeros(1, 1, dtype=torch.int64),
+        ...     scores=torch.zeros(1, 1),
+        ...     maps=torch.tensor([[[[0.0, 1.0], [2.0, 4.0]]]]),
+        ...     backend="torch (cpu)",
+        ...     layer="layer4",
+        ...     method="grad_cam",
+        ...     contrast="none",
+        ... )
         >>> one.heatmaps((2, 2))
         tensor([[[[0.0000, 0.2500],
                   [0.5000, 1.0000]]]])
@@ -49,7 +56,8 @@ class Explanation:
 
     @property
     def finite(self) -> Tensor:
-        """(N, T) bool: False where a map holds NaN or infinity, which are passed on and never replaced."""
+        """(N, T) bool: False where a map holds NaN or infinity, which are passed on and never
+        replaced."""
         return self.maps.isfinite().all(dim=3).all(dim=2)
 
     def heatmaps(self, size: tuple[int, int]) -> Tensor:
@@ -61,13 +69,17 @@ class Explanation:
         Returns:
             (N, T, H, W) float32. A constant map is all 0; a map with NaN is all NaN.
         """
-        return ops.heatmap(self.maps, *size)
+        heatmaps: Tensor = ops.heatmap(self.maps, *size)
+        return heatmaps
 
-    def overlay(self, images: Tensor | np.ndarray, *, alpha: float = 0.5, cmap: str = "turbo") -> np.ndarray:
+    def overlay(
+        self, images: Tensor | np.ndarray, *, alpha: float = 0.5, cmap: str = "turbo"
+    ) -> np.ndarray:
         """The heatmaps in colour, blended over the images.
 
         Args:
-            images: uint8 (N, H, W, 3), or float (N, 3, H, W) in [0, 1]: pictures, not the normalised input.
+            images: uint8 (N, H, W, 3), or float (N, 3, H, W) in [0, 1]: pictures, not the
+                normalised input.
             alpha: weight of the colours, in [0, 1].
             cmap: name of a matplotlib colour map.
 
@@ -87,28 +99,36 @@ class Explanation:
         return blend(np.broadcast_to(pictures[:, None], shape), heatmaps, alpha=alpha, cmap=cmap)
 
     def to_numpy(self) -> dict[str, np.ndarray]:
-        """`logits`, `targets`, `scores` and `maps` as arrays in host memory; bfloat16 logits become float32."""
+        """`logits`, `targets`, `scores` and `maps` as arrays in host memory; bfloat16 logits become
+        float32."""
         logits = self.logits.float() if self.logits.dtype == torch.bfloat16 else self.logits
-        tensors = {"logits": logits, "targets": self.targets, "scores": self.scores, "maps": self.maps}
+        tensors = {
+            "logits": logits,
+            "targets": self.targets,
+            "scores": self.scores,
+            "maps": self.maps,
+        }
         return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
 
 
 def _pictures(images: Tensor | np.ndarray) -> np.ndarray:
-    array = images.detach().cpu().float().numpy() if _is_float(images) else np.asarray(images)
+    if isinstance(images, Tensor):
+        images = images.detach().cpu()
+        array = images.float().numpy() if images.is_floating_point() else images.numpy()
+    else:
+        array = images
     if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3:
         return array
     if np.issubdtype(array.dtype, np.floating) and array.ndim == 4 and array.shape[1] == 3:
         if array.size and (array.min() < 0 or array.max() > 1):
             raise ValueError(
-                f"float images must be pictures in [0, 1], got {array.min():.3g} to {array.max():.3g}; "
+                f"float images must be pictures in [0, 1], got {array.min():.3g} to "
+                f"{array.max():.3g}; "
                 "undo the normalisation first"
             )
         pictures: np.ndarray = np.rint(array.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
         return pictures
     raise ValueError(
-        f"images must be uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1]; got {array.dtype} {array.shape}"
+        "images must be uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1]; got "
+        f"{array.dtype} {array.shape}"
     )
-
-
-def _is_float(images: Tensor | np.ndarray) -> bool:
-    return isinstance(images, Tensor) and images.is_floating_point()

@@ -1,4 +1,5 @@
-"""The methods: each a reduction of activations and gradients to a map, and the contrast it takes by default."""
+"""The methods: each a reduction of activations and gradients to a map, and the contrast it takes by
+default."""
 
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ class Method:
     source: str
 
 
-# On a pooled linear head the gradient is the same at every cell, so that both reductions are the one closed form.
+# On a pooled linear head the gradient is the same at every cell, so that both reductions are the
+# one closed form.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (

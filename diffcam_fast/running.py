@@ -16,18 +16,17 @@ class OutputError(TypeError):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside `torch.compile`, `DataParallel` and `DistributedDataParallel` wrappers.
+    """The plain module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`
+    wrappers.
 
     A compiled forward calls no hooks, and a replica is another module than the one that was given.
     """
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
+        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 @dataclass
@@ -42,7 +41,8 @@ _lock = threading.Lock()
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and uncompiled; the last of several threads restores the training flags."""
+    """The model in evaluation mode and uncompiled; the last of several threads restores the
+    training flags."""
     with _lock:
         state = _evaluating.get(model)
         if state is None:
@@ -70,9 +70,10 @@ def pick_logits(output: Any, *, probabilities: bool = False) -> Tensor:
     """The logits (N, K) in what a classifier returns.
 
     Args:
-        output: a tensor (N, K) or (N, K, 1, 1), an object or mapping with `logits`, a mapping or sequence whose
-            first such tensor is taken.
-        probabilities: the tensor holds a softmax; its logarithm has the same differences as the logits.
+        output: a tensor (N, K) or (N, K, 1, 1), an object or mapping with `logits`, a mapping or
+            sequence whose first such tensor is taken.
+        probabilities: the tensor holds a softmax; its logarithm has the same differences as the
+            logits.
 
     Raises:
         OutputError: nothing of the kind is there.

@@ -1,9 +1,11 @@
-"""Running a model split at its target layer: what comes before it, its activation, and the head behind it.
+"""Running a model split at its target layer: what comes before it, its activation, and the head
+behind it.
 
-The split is a forward hook on the layer, set for one call and in one thread. Before the layer autograd records
-nothing. For a gradient the hook hands the head a fresh copy of the activation as a leaf and turns recording on, so that
-the graph spans the head alone: neither weights nor earlier layers get a gradient, and an in-place operator behind the
-layer overwrites the copy, never the activation that the map is made of.
+The split is a forward hook on the layer, set for one call and in one thread. Before the layer
+autograd records nothing. For a gradient the hook hands the head a fresh copy of the activation as a
+leaf and turns recording on, so that the graph spans the head alone: neither weights nor earlier
+layers get a gradient, and an in-place operator behind the layer overwrites the copy, never the
+activation that the map is made of.
 """
 
 import threading
@@ -43,7 +45,8 @@ def forward(model: nn.Module, images: Tensor, layer: str, *, channel_axis: int =
     with torch.inference_mode(), evaluating(model), _tapped(model, layer, kept.append):
         logits = pick_logits(model(images))
     activation = _once(kept, layer).movedim(channel_axis, 1)
-    # Outside inference mode a clone is an ordinary tensor again, which a caller may change in place.
+    # Outside inference mode a clone is an ordinary tensor again, which a caller may change in
+    # place.
     with torch.inference_mode(False), torch.no_grad():
         return Split(logits.clone(), activation, activation[:, :0])
 
@@ -68,7 +71,8 @@ def head_gradients(
         probabilities: the model ends in a softmax, see `diffcam_fast.running.pick_logits`.
 
     Raises:
-        RuntimeError: the layer ran more than once, or not at all, or the logits do not depend on it.
+        RuntimeError: the layer ran more than once, or not at all, or the logits do not depend on
+            it.
     """
     leaves: list[Tensor] = []
 
@@ -85,9 +89,16 @@ def head_gradients(
             logits = pick_logits(model(images), probabilities=probabilities)
         leaf = _once(leaves, layer)
         if not logits.requires_grad:
-            raise RuntimeError(f"the logits do not depend on layer {layer!r}, or the model turns gradients off behind it")
+            raise RuntimeError(
+                f"the logits do not depend on layer {layer!r}, or the model turns gradients "
+                "off behind it"
+            )
         gradients = _vjp(logits, leaf, cotangents(logits.detach()).to(logits.dtype))
-    return Split(logits.detach(), leaf.detach().movedim(channel_axis, 1), gradients.movedim(channel_axis + 1, 2))
+    return Split(
+        logits.detach(),
+        leaf.detach().movedim(channel_axis, 1),
+        gradients.movedim(channel_axis + 1, 2),
+    )
 
 
 def _vjp(logits: Tensor, leaf: Tensor, d: Tensor) -> Tensor:
@@ -100,7 +111,8 @@ def _vjp(logits: Tensor, leaf: Tensor, d: Tensor) -> Tensor:
 
 @contextmanager
 def _tapped(model: nn.Module, layer: str, tap: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Calls `tap` with the output of a layer, and passes on what it returns, in this thread alone."""
+    """Calls `tap` with the output of a layer, and passes on what it returns, in this thread
+    alone."""
     thread = threading.get_ident()
 
     def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
@@ -116,5 +128,7 @@ def _tapped(model: nn.Module, layer: str, tap: Callable[[Tensor], Tensor | None]
 def _once(taken: list[Tensor], layer: str) -> Tensor:
     if len(taken) != 1:
         times = f"{len(taken)} times" if taken else "not at all"
-        raise RuntimeError(f"layer {layer!r} ran {times} in one forward pass; a map needs a layer that runs once")
+        raise RuntimeError(
+            f"layer {layer!r} ran {times} in one forward pass; a map needs a layer that runs once"
+        )
     return taken[0]

@@ -12,7 +12,11 @@ def pooled(classes: int = 5, channels: int = 8) -> nn.Sequential:
     """A network with a pooled linear head."""
     torch.manual_seed(0)
     features = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, channels, 3, padding=1), nn.ReLU()
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, channels, 3, padding=1),
+        nn.ReLU(),
     )
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
     return nn.Sequential(features, pool, nn.Linear(channels, classes)).eval()
@@ -21,8 +25,12 @@ def pooled(classes: int = 5, channels: int = 8) -> nn.Sequential:
 def with_mlp(classes: int = 5) -> nn.Sequential:
     """A network whose head has a hidden layer, so that its gradient differs from cell to cell."""
     torch.manual_seed(0)
-    features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.MaxPool2d(2))
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, classes))
+    features = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.MaxPool2d(2)
+    )
+    head = nn.Sequential(
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, classes)
+    )
     return nn.Sequential(features, head).eval()
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 class Functional(nn.Module):
-    """Everything behind the last convolution is written with functions, and the convolution has an odd name."""
+    """Everything behind the last convolution is written with functions, and the convolution has an
+    odd name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +28,9 @@ class ConvolutionFirst(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
-        self.classify = nn.Sequential(nn.Dropout(), nn.Conv2d(6, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classify = nn.Sequential(
+            nn.Dropout(), nn.Conv2d(6, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classify(self.body(x))
@@ -90,7 +93,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("model", "layer", "shape", "weight", "why_not"), CASES, ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    ("model", "layer", "shape", "weight", "why_not"), CASES, ids=lambda v: type(v).__name__
+)
 def test_layer_and_head(
     model: nn.Module, layer: str, shape: tuple[int, int, int], weight: str | None, why_not: str
 ) -> None:
@@ -134,11 +139,15 @@ def test_a_scaled_head_is_affine_but_not_its_weight() -> None:
 
 
 def test_a_window_that_is_smaller_than_the_map_is_no_global_pool() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(7), nn.Flatten(), nn.Linear(4, 3)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(7), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()
     assert analyse(model, torch.randn(2, 3, 7, 7)).closed_form
     # At 10 x 10 the window of 7 x 7 leaves a border out, and its gradient is 0 there.
     assert not analyse(model, torch.randn(2, 3, 10, 10), layer="0").closed_form
-    explainer = Explainer(model, layer="0", method="grad_cam", relu=False, example_inputs=torch.randn(2, 3, 7, 7))
+    explainer = Explainer(
+        model, layer="0", method="grad_cam", relu=False, example_inputs=torch.randn(2, 3, 7, 7)
+    )
     assert "closed form" in explainer(torch.randn(1, 3, 7, 7), 0).backend
     assert "backward" in explainer(torch.randn(1, 3, 10, 10), 0).backend
 
@@ -153,7 +162,9 @@ def test_probabilities_are_recognised() -> None:
 
 
 def test_unknown_layer_suggests_close_names() -> None:
-    with pytest.raises(AnalysisError, match="no layer 'feature'; did you mean features.*Candidates: features"):
+    with pytest.raises(
+        AnalysisError, match=r"no layer 'feature'; did you mean features.*Candidates: features"
+    ):
         Explainer(Overwritten(), layer="feature")
 
 
@@ -163,13 +174,13 @@ def test_layer_that_runs_twice_is_refused() -> None:
 
 
 def test_layer_without_cells_is_refused() -> None:
-    with pytest.raises(AnalysisError, match="'head' returns .*, not a spatial activation"):
+    with pytest.raises(AnalysisError, match=r"'head' returns .*, not a spatial activation"):
         Explainer(Overwritten(), layer="classifier") if False else Explainer(Gated(), layer="head")
 
 
 def test_no_spatial_layer_lists_what_there_is() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
-    with pytest.raises(AnalysisError, match="no layer found.*no candidates"):
+    with pytest.raises(AnalysisError, match=r"no layer found.*no candidates"):
         Explainer(model, example_inputs=torch.randn(1, 3, 8, 8))
 
 
@@ -179,7 +190,9 @@ def test_module_of_another_model_is_refused() -> None:
 
 
 def test_a_model_of_one_size_takes_the_layer_from_the_first_call() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 19 * 19, 3)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 19 * 19, 3)
+    ).eval()
     explainer = Explainer(model)
     with pytest.raises(AnalysisError, match="not known before the first call"):
         _ = explainer.layer

@@ -1,4 +1,5 @@
-"""Contrasts against their limits, their gradients, and the places where floating point gives way."""
+"""Contrasts against their limits, their gradients, and the places where floating point gives
+way."""
 
 import math
 
@@ -11,7 +12,9 @@ LOGITS = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manu
 TARGETS = torch.tensor([[0], [3], [6], [2]])
 
 
-def q_at(temperature: float, logits: torch.Tensor = LOGITS, targets: torch.Tensor = TARGETS) -> torch.Tensor:
+def q_at(
+    temperature: float, logits: torch.Tensor = LOGITS, targets: torch.Tensor = TARGETS
+) -> torch.Tensor:
     return reference.contrast_weights(logits, targets, temperature)
 
 
@@ -50,7 +53,9 @@ def test_score_is_differentiable_with_gradient_d() -> None:
 def test_two_classes_make_all_contrasts_equal() -> None:
     logits = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
     targets = torch.tensor([[0, 1], [1, 0]])
-    first, *others = (Contrast.parse(n).gradient(logits, targets) for n in ("mean", "log_odds", "runner_up"))
+    first, *others = (
+        Contrast.parse(n).gradient(logits, targets) for n in ("mean", "log_odds", "runner_up")
+    )
     assert all(torch.allclose(first, other) for other in others)
 
 
@@ -65,12 +70,18 @@ def test_a_common_shift_changes_nothing() -> None:
     for name in ("mean", "log_odds", "runner_up"):
         contrast = Contrast.parse(name)
         shifted = LOGITS + 1000
-        assert torch.allclose(contrast.gradient(shifted, TARGETS), contrast.gradient(LOGITS, TARGETS), atol=1e-9)
-        assert torch.allclose(contrast_score(shifted, TARGETS, name), contrast_score(LOGITS, TARGETS, name), atol=1e-9)
+        assert torch.allclose(
+            contrast.gradient(shifted, TARGETS), contrast.gradient(LOGITS, TARGETS), atol=1e-9
+        )
+        assert torch.allclose(
+            contrast_score(shifted, TARGETS, name), contrast_score(LOGITS, TARGETS, name), atol=1e-9
+        )
 
 
 def test_ties_take_the_lowest_class() -> None:
-    d = Contrast.parse("runner_up").gradient(torch.tensor([[0.0, 2.0, 2.0, 2.0]]), torch.tensor([[1]]))
+    d = Contrast.parse("runner_up").gradient(
+        torch.tensor([[0.0, 2.0, 2.0, 2.0]]), torch.tensor([[1]])
+    )
     assert d.tolist() == [[[0.0, 1.0, -1.0, 0.0]]]
 
 
@@ -81,7 +92,9 @@ def test_a_logit_of_minus_infinity_takes_no_part(name: str) -> None:
     d = Contrast.parse(name).gradient(logits, targets)
     assert d[0, 0, 1] == 0
     assert torch.allclose(d[..., [0, 2, 3]], Contrast.parse(name).gradient(without, targets))
-    assert torch.allclose(contrast_score(logits, targets, name), contrast_score(without, targets, name))
+    assert torch.allclose(
+        contrast_score(logits, targets, name), contrast_score(without, targets, name)
+    )
 
 
 @pytest.mark.parametrize("name", ["mean", "log_odds", "runner_up"])
@@ -107,7 +120,11 @@ def test_given_weights() -> None:
 def test_half_precision_logits_are_contrasted_in_float32() -> None:
     d = Contrast.parse("log_odds").gradient(LOGITS.bfloat16(), TARGETS)
     assert d.dtype == torch.float32
-    assert torch.allclose(d.double(), Contrast.parse("log_odds").gradient(LOGITS.bfloat16().double(), TARGETS), atol=1e-6)
+    assert torch.allclose(
+        d.double(),
+        Contrast.parse("log_odds").gradient(LOGITS.bfloat16().double(), TARGETS),
+        atol=1e-6,
+    )
 
 
 def test_names() -> None:
@@ -127,10 +144,19 @@ def test_names() -> None:
         (lambda: Contrast(reference=()), "one at least"),
         (lambda: Contrast(reference=(0,)).gradient(LOGITS, TARGETS), "itself among the reference"),
         (lambda: Contrast(reference=(9,)).gradient(LOGITS, TARGETS), "leaves the classes 0 to 6"),
-        (lambda: Contrast(weights=torch.full((7,), 1 / 7)).gradient(LOGITS, TARGETS), "must be 0 at the target"),
+        (
+            lambda: Contrast(weights=torch.full((7,), 1 / 7)).gradient(LOGITS, TARGETS),
+            "must be 0 at the target",
+        ),
         (lambda: Contrast(weights=torch.zeros(7)).gradient(LOGITS, TARGETS), "must sum to 1"),
-        (lambda: Contrast(weights=torch.zeros(3)).gradient(LOGITS, TARGETS), "must be .7,. or .4, 7."),
-        (lambda: Contrast().gradient(torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64)), "at least two classes"),
+        (
+            lambda: Contrast(weights=torch.zeros(3)).gradient(LOGITS, TARGETS),
+            "must be .7,. or .4, 7.",
+        ),
+        (
+            lambda: Contrast().gradient(torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64)),
+            "at least two classes",
+        ),
         (lambda: ops.contrast_gradient(LOGITS, TARGETS.int(), 1.0), "targets must be .N, T. int64"),
         (lambda: ops.contrast_gradient(LOGITS[0], TARGETS, 1.0), "logits must be .N, K."),
     ],

@@ -9,19 +9,28 @@ from torch import nn
 TARGETS = torch.tensor([[3, 0], [1, 4], [2, 2]])
 
 
-@pytest.mark.parametrize("model", [pooled(), with_mlp(), Overwritten()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "model", [pooled(), with_mlp(), Overwritten()], ids=lambda m: type(m).__name__
+)
 @pytest.mark.parametrize("layer", [None, "earlier"])
 @pytest.mark.parametrize("method", ["grad_cam", "hires_cam"])
 @pytest.mark.parametrize("contrast", ["none", "mean", "log_odds", "runner_up"])
-def test_maps_equal_float64_autograd(model: nn.Module, layer: str | None, method: str, contrast: str) -> None:
+def test_maps_equal_float64_autograd(
+    model: nn.Module, layer: str | None, method: str, contrast: str
+) -> None:
     if layer == "earlier":
         layer = "features.0" if isinstance(model, Overwritten) else "0.0"
     explainer = Explainer(model, layer=layer, method=method, contrast=contrast, relu=False)
     result = explainer(images(), TARGETS)
     expected = expected_maps(model, explainer.layer, images(), TARGETS, contrast, method)
     assert relative_error(result.maps, expected) < 1e-5
-    assert relative_error(Explainer(model, layer=layer, method=method, contrast=contrast)(images(), TARGETS).maps,
-                          expected.relu()) < 1e-5
+    assert (
+        relative_error(
+            Explainer(model, layer=layer, method=method, contrast=contrast)(images(), TARGETS).maps,
+            expected.relu(),
+        )
+        < 1e-5
+    )
 
 
 def test_common_mode_is_invisible_to_a_contrast_and_takes_grad_cam_over() -> None:
@@ -34,13 +43,17 @@ def test_common_mode_is_invisible_to_a_contrast_and_takes_grad_cam_over() -> Non
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             a = self.features(x)
-            logits: torch.Tensor = self.classifier(a) + 50 * a[:, :, 0, 0].square().sum(dim=1, keepdim=True)
+            logits: torch.Tensor = self.classifier(a) + 50 * a[:, :, 0, 0].square().sum(
+                dim=1, keepdim=True
+            )
             return logits
 
     honest, fooled = pooled(), CommonMode().eval()
     moved = {}
     for contrast in ("none", "mean", "log_odds", "runner_up"):
-        before = Explainer(honest, method="grad_cam", contrast=contrast)(images()).heatmaps((10, 12))
+        before = Explainer(honest, method="grad_cam", contrast=contrast)(images()).heatmaps(
+            (10, 12)
+        )
         after = Explainer(fooled, method="grad_cam", contrast=contrast)(images()).heatmaps((10, 12))
         moved[contrast] = float((before - after).abs().max())
     assert moved.pop("none") > 0.3
@@ -83,7 +96,11 @@ def test_targets(targets: object, topk: int | None, expected: list[list[int]]) -
 @pytest.mark.parametrize("model", [pooled(), with_mlp()], ids=["closed", "backward"])
 def test_default_is_the_prediction_and_topk_begins_with_it(model: nn.Module) -> None:
     explainer = Explainer(model)
-    default, named, top = explainer(images()), explainer(images(), "predicted"), explainer(images(), topk=3)
+    default, named, top = (
+        explainer(images()),
+        explainer(images(), "predicted"),
+        explainer(images(), topk=3),
+    )
     assert torch.equal(default.targets[:, 0], model(images()).argmax(dim=1))
     assert torch.equal(default.maps, named.maps)
     assert torch.equal(top.targets[:, :1], default.targets)
@@ -141,25 +158,47 @@ def test_overlay_of_bytes_and_of_floats_agree() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda e: e(images()[0]), ValueError, r"\(N, C, H, W\), got \(3, 10, 12\); add the batch axis"),
+        (
+            lambda e: e(images()[0]),
+            ValueError,
+            r"\(N, C, H, W\), got \(3, 10, 12\); add the batch axis",
+        ),
         (lambda e: e(images().byte()), TypeError, "must be floating point"),
         (lambda e: e([1, 2]), TypeError, "must be a tensor"),
         (lambda e: e(images(), 5), ValueError, "from 0 to 4, got 5 to 5"),
         (lambda e: e(images(), -1), ValueError, "from 0 to 4, got -1"),
         (lambda e: e(images(), [0, 1]), ValueError, r"N = 3 classes, or \(N, T\)"),
-        (lambda e: e(images(), torch.zeros(3, 0, dtype=torch.int64)), ValueError, r"shape \(3, 0\)"),
+        (
+            lambda e: e(images(), torch.zeros(3, 0, dtype=torch.int64)),
+            ValueError,
+            r"shape \(3, 0\)",
+        ),
         (lambda e: e(images(), 0.5), TypeError, "whole numbers"),
         (lambda e: e(images(), "cat"), ValueError, "classes or 'predicted', got 'cat'"),
         (lambda e: e(images(), topk=6), ValueError, "from 1 to the 5 classes, got 6"),
         (lambda e: e(images(), 1, topk=2), ValueError, "not both"),
-        (lambda e: e(images()).overlay(torch.full((3, 3, 4, 4), 2.0)), ValueError, "pictures in .0, 1."),
-        (lambda e: e(images()).overlay(torch.zeros(2, 3, 4, 4)), ValueError, "2 images for 3 explanations"),
-        (lambda e: Explainer(pooled(), method="grad"), ValueError, "unknown method 'grad'; there are diff_grad_cam"),
+        (
+            lambda e: e(images()).overlay(torch.full((3, 3, 4, 4), 2.0)),
+            ValueError,
+            "pictures in .0, 1.",
+        ),
+        (
+            lambda e: e(images()).overlay(torch.zeros(2, 3, 4, 4)),
+            ValueError,
+            "2 images for 3 explanations",
+        ),
+        (
+            lambda e: Explainer(pooled(), method="grad"),
+            ValueError,
+            "unknown method 'grad'; there are diff_grad_cam",
+        ),
         (lambda e: Explainer(pooled(), contrast="none"), ValueError, "without one it is grad_cam"),
         (lambda e: Explainer(nn.Conv2d(3, 4, 3)), TypeError, "must return logits"),
     ],
 )
 @pytest.mark.parametrize("model", [pooled(), with_mlp()], ids=["closed", "backward"])
-def test_errors_say_what_came(model: nn.Module, call: object, error: type[Exception], message: str) -> None:
+def test_errors_say_what_came(
+    model: nn.Module, call: object, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         call(Explainer(model))  # type: ignore[operator]

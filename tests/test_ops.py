@@ -60,12 +60,16 @@ def test_gradient_cam_against_loops(reduction: str, n: int) -> None:
 def test_heatmap_is_min_max_then_bilinear() -> None:
     maps = random(2, 2, 7, 5)
     low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
-    expected = F.interpolate((maps - low) / (high - low), size=(30, 40), mode="bilinear", align_corners=False)
+    expected = F.interpolate(
+        (maps - low) / (high - low), size=(30, 40), mode="bilinear", align_corners=False
+    )
     assert torch.allclose(ops.heatmap(maps, 30, 40), expected, atol=1e-6)
 
 
 def test_degenerate_heatmaps() -> None:
-    maps = torch.stack([torch.zeros(2, 3), torch.full((2, 3), -7.25), torch.tensor([[0, 1, 2], [3, math.nan, 5]])])
+    maps = torch.stack(
+        [torch.zeros(2, 3), torch.full((2, 3), -7.25), torch.tensor([[0, 1, 2], [3, math.nan, 5]])]
+    )
     result = ops.heatmap(maps[None], 4, 4)[0]
     assert (result[0] == 0).all() and (result[1] == 0).all()
     assert result[2].isnan().all()
@@ -83,10 +87,22 @@ def test_heatmap_does_not_depend_on_the_scale(scale: float) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.pooled_cam(random(2, 3, 4, 4), random(2, 1, 5), True), r"A \(N, C, h, w\) and w \(N, T, C\)"),
-        (lambda: ops.gradient_cam(random(2, 3, 4, 4), random(2, 3, 4, 4), "grad_cam", True), r"G \(N, T, C, h, w\)"),
-        (lambda: ops.gradient_cam(random(1, 3, 4, 4), random(1, 1, 3, 4, 4), "x", True), "there are grad_cam, hires"),
-        (lambda: ops.channel_weights(random(2, 1, 4), random(5, 3), 9), r"d \(N, T, K\) and W \(K, C\)"),
+        (
+            lambda: ops.pooled_cam(random(2, 3, 4, 4), random(2, 1, 5), True),
+            r"A \(N, C, h, w\) and w \(N, T, C\)",
+        ),
+        (
+            lambda: ops.gradient_cam(random(2, 3, 4, 4), random(2, 3, 4, 4), "grad_cam", True),
+            r"G \(N, T, C, h, w\)",
+        ),
+        (
+            lambda: ops.gradient_cam(random(1, 3, 4, 4), random(1, 1, 3, 4, 4), "x", True),
+            "there are grad_cam, hires",
+        ),
+        (
+            lambda: ops.channel_weights(random(2, 1, 4), random(5, 3), 9),
+            r"d \(N, T, K\) and W \(K, C\)",
+        ),
         (lambda: ops.channel_weights(random(2, 1, 5), random(5, 3), 0), "cells must be positive"),
         (lambda: ops.heatmap(random(2, 3, 4), 5, 5), r"maps must be \(N, T, h, w\)"),
         (lambda: ops.heatmap(random(2, 3, 4, 4), 0, 5), "size must be positive"),

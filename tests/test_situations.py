@@ -1,4 +1,5 @@
-"""Situations in which a CAM library raises, gives a wrong map, or leaves something behind in the model."""
+"""Situations in which a CAM library raises, gives a wrong map, or leaves something behind in the
+model."""
 
 import copy
 import gc
@@ -15,7 +16,11 @@ from networks import Overwritten, expected_maps, images, pooled, relative_error,
 from torch import Tensor, nn
 
 TARGETS = torch.tensor([[3], [1], [2]])
-MODELS: dict[str, Callable[[], nn.Module]] = {"closed": pooled, "backward": with_mlp, "overwritten": Overwritten}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "closed": pooled,
+    "backward": with_mlp,
+    "overwritten": Overwritten,
+}
 
 
 @pytest.fixture(params=MODELS)
@@ -99,7 +104,7 @@ def test_data_parallel(model: nn.Module) -> None:
 
 
 def test_torchscript_is_refused_with_what_to_give() -> None:
-    with pytest.raises(TypeError, match="give the nn.Module it was made from"):
+    with pytest.raises(TypeError, match=r"give the nn.Module it was made from"):
         Explainer(torch.jit.trace(pooled(), images()))
 
 
@@ -168,6 +173,7 @@ def test_nothing_is_left_behind_when_the_model_raises(break_at: str) -> None:
         raise RuntimeError("lightning")
 
     handle = part.register_forward_pre_hook(fail)
+
     def call() -> None:
         with pytest.raises(RuntimeError, match="lightning"):
             explainer(images())
@@ -189,8 +195,14 @@ def assert_untouched(model: nn.Module, call: Callable[[], object]) -> None:
 
     def state() -> list[object]:
         flags = [m.training for m in modules]
-        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in modules]
-        grads = [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+        hooks = [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for m in modules
+        ]
+        grads = [
+            (p.requires_grad, None if p.grad is None else p.grad.clone())
+            for p in model.parameters()
+        ]
         values = [v.clone() for v in model.state_dict().values()]
         return [flags, hooks, grads, values]
 
@@ -200,7 +212,9 @@ def assert_untouched(model: nn.Module, call: Callable[[], object]) -> None:
     assert before[:2] == after[:2]
     for (required, grad), (required_after, grad_after) in zip(before[2], after[2], strict=True):  # type: ignore[call-overload]
         assert required == required_after
-        assert (grad is None) == (grad_after is None) and (grad is None or torch.equal(grad, grad_after))
+        assert (grad is None) == (grad_after is None) and (
+            grad is None or torch.equal(grad, grad_after)
+        )
     assert all(torch.equal(a, b) for a, b in zip(before[3], after[3], strict=True))  # type: ignore[call-overload]
 
 
@@ -262,7 +276,12 @@ def test_weights_that_change_later_are_the_ones_used() -> None:
     explainer = Explainer(model, relu=False)
     with torch.no_grad():
         model[2].weight.mul_(torch.arange(1.0, 6.0)[:, None])
-    assert relative_error(explainer(images(), TARGETS).maps, expected_maps(model, "0", images(), TARGETS)) < 1e-5
+    assert (
+        relative_error(
+            explainer(images(), TARGETS).maps, expected_maps(model, "0", images(), TARGETS)
+        )
+        < 1e-5
+    )
 
 
 def test_the_callers_images_are_not_written_to(model: nn.Module) -> None:

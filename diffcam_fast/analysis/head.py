@@ -1,9 +1,10 @@
 """The head: everything between the target layer and the logits.
 
-A head is called pooled linear, `z = W mean_ij(A) + b`, when two things hold. By its operators it is affine in A, so
-that its gradient does not depend on A. And for random cotangents d its vector-Jacobian product, taken once, is
-`d W / P` at every cell for one of its weights W. An affine map with that gradient is the pooled linear one,
-whatever the order of its pooling, flattening, dropout and 1x1 convolution.
+A head is called pooled linear, `z = W mean_ij(A) + b`, when two things hold. By its operators it is
+affine in A, so that its gradient does not depend on A. And for random cotangents d its
+vector-Jacobian product, taken once, is `d W / P` at every cell for one of its weights W. An affine
+map with that gradient is the pooled linear one, whatever the order of its pooling, flattening,
+dropout and 1x1 convolution.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,19 @@ from diffcam_fast.running import tensor_named
 from diffcam_fast.split import head_gradients
 
 _REARRANGING = frozenset(
-    "view _unsafe_view reshape flatten squeeze unsqueeze permute transpose t expand as_strided as_strided_ "
-    "alias detach clone contiguous _to_copy".split()
+    {
+        *("view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "expand"),
+        *("permute", "transpose", "t", "as_strided", "as_strided_"),
+        *("alias", "detach", "clone", "contiguous", "_to_copy"),
+    }
 )
-_AVERAGING = frozenset("mean sum avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d".split())
-_LINEAR = frozenset("convolution _convolution addmm mm bmm baddbmm linear add sub mul div".split())
+_AVERAGING = frozenset({"mean", "sum", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool2d"})
+_LINEAR = frozenset(
+    {
+        *("convolution", "_convolution", "linear", "addmm", "mm", "bmm", "baddbmm"),
+        *("add", "sub", "mul", "div"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -81,12 +90,16 @@ def _proven_weight(
     generator = torch.Generator().manual_seed(0)
     d = torch.randn(images.shape[0], 1, flow.classes, generator=generator).to(images.device)
     with torch.autocast(images.device.type, enabled=False):
-        split = head_gradients(model, images, layer, lambda logits: d, channel_axis=node.channel_axis or 1)
+        split = head_gradients(
+            model, images, layer, lambda logits: d, channel_axis=node.channel_axis or 1
+        )
     gradients = split.gradients[:, 0].float()
     for name in fitting:
         weight = tensor_named(model, name).detach().flatten(1).float()
         expected = (d[:, 0] @ weight / gradients[0, 0].numel())[:, :, None, None]
-        error = (gradients - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        error = (gradients - expected).norm() / expected.norm().clamp_min(
+            torch.finfo(torch.float32).tiny
+        )
         # Half-precision weights give a half-precision gradient.
         if error < (1e-4 if images.dtype in (torch.float32, torch.float64) else 2e-2):
             return name, ""

@@ -11,7 +11,8 @@ from diffcam_fast.analysis.trace import Node, Trace, trace
 
 
 class AnalysisError(ValueError):
-    """No layer of the model can be explained, or not the one that was asked for; the message lists candidates."""
+    """No layer of the model can be explained, or not the one that was asked for; the message lists
+    candidates."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,12 @@ class Inspection:
         shape: (C, h, w) of its output.
         channel_axis: 1 for (N, C, h, w), 3 for (N, h, w, C).
         head: the operators after the layer, in one line.
-        closed_form: the head is a pooled linear one, and its gradient d W / P needs no backward pass.
+        closed_form: the head is a pooled linear one, and its gradient d W / P needs no backward
+            pass.
         reason: why it is, or is not.
         weight: name of the head's weight, (K, C) or (K, C, 1, 1), where the form is closed.
-        probabilities: the model ends in a softmax; the logarithm of its output stands for the logits.
+        probabilities: the model ends in a softmax; the logarithm of its output stands for the
+            logits.
         candidates: the layers all of the data passes through, last first.
     """
 
@@ -61,8 +64,10 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
 
     Args:
         model: an image classifier, unwrapped (see `diffcam_fast.running.unwrap`).
-        images: (N, C, H, W) at the size that will be explained; two tell a batch axis from a single image.
-        layer: dotted module name of the target layer; None: the last spatial activation before the classifier.
+        images: (N, C, H, W) at the size that will be explained; two tell a batch axis from a single
+            image.
+        layer: dotted module name of the target layer; None: the last spatial activation before the
+            classifier.
 
     Raises:
         AnalysisError: no layer fits, or the given one does not.
@@ -74,13 +79,14 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
         chosen = next((c for c in candidates if not c.note), None)
         if chosen is None:
             raise AnalysisError(
-                "no layer found: no module before the classifier's weights returns an activation of more than one "
+                "no layer found: no module before the classifier's weights returns an "
+                "activation of more than one "
                 f"cell that all of the data passes through. {_listing(candidates)}"
             )
         layer = chosen.name
     node = _node(model, flow, layer, candidates)
     head: Head = read_head(model, images, flow, layer, node)
-    h, w = (node.shape[2:] if node.channel_axis == 1 else node.shape[1:3])
+    h, w = node.shape[2:] if node.channel_axis == 1 else node.shape[1:3]
     return Inspection(
         layer=layer,
         shape=(node.channels, h, w),
@@ -101,21 +107,26 @@ def _node(model: nn.Module, flow: Trace, layer: str, candidates: tuple[Candidate
         raise AnalysisError(f"the model has no layer {layer!r}; {hint}{_listing(candidates)}")
     if flow.calls[layer] > 1:
         raise AnalysisError(
-            f"layer {layer!r} runs {flow.calls[layer]} times in one forward pass, so that its output is not one "
+            f"layer {layer!r} runs {flow.calls[layer]} times in one forward pass, so that its "
+            "output is not one "
             f"activation. {_listing(candidates)}"
         )
     node = flow.node_of(layer)
     if node is None:
-        raise AnalysisError(f"layer {layer!r} does not run, or returns no tensor of its own. {_listing(candidates)}")
+        raise AnalysisError(
+            f"layer {layer!r} does not run, or returns no tensor of its own. {_listing(candidates)}"
+        )
     if len(node.shape) != 4 or node.channel_axis not in (1, 3):
         raise AnalysisError(
-            f"layer {layer!r} returns {node.shape}, not a spatial activation (N, C, h, w). {_listing(candidates)}"
+            f"layer {layer!r} returns {node.shape}, not a spatial activation (N, C, h, w). "
+            f"{_listing(candidates)}"
         )
     return node
 
 
 def _candidates(flow: Trace) -> tuple[Candidate, ...]:
-    """One per spatial value that all data passes through, by the outermost module that returns it, last first."""
+    """One per spatial value that all data passes through, by the outermost module that returns it,
+    last first."""
     found: list[Candidate] = []
     mixing = [n.index for n in flow.leading_to_logits() if n.parameters and _mixes_channels(n)]
     for node in flow.bottlenecks():
@@ -148,8 +159,11 @@ def _listing(candidates: tuple[Candidate, ...]) -> str:
     return f"Candidates: {shown}{' ...' if len(candidates) > 8 else ''}"
 
 
-def example_images(model: nn.Module, size: tuple[int, int], *, channels: int | None = None) -> Tensor:
-    """Two random images (2, C, H, W) that the model could take, on the device and in the dtype of its weights.
+def example_images(
+    model: nn.Module, size: tuple[int, int], *, channels: int | None = None
+) -> Tensor:
+    """Two random images (2, C, H, W) that the model could take, on the device and in the dtype of
+    its weights.
 
     Args:
         model: an image classifier.

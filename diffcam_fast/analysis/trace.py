@@ -1,7 +1,8 @@
 """The data flow of one forward pass, as a graph of operators.
 
-The model runs once on real input under a dispatch mode that sees every ATen operator, functional calls and in-place
-writes included; hooks note which module returned which value. No name, type or source code of a module is looked at.
+The model runs once on real input under a dispatch mode that sees every ATen operator, functional
+calls and in-place writes included; hooks note which module returned which value. No name, type or
+source code of a module is looked at.
 """
 
 import threading
@@ -43,7 +44,8 @@ class Node:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """(h, w) of a spatial activation, a 4-D value of more than one cell whose channels are known."""
+        """(h, w) of a spatial activation, a 4-D value of more than one cell whose channels are
+        known."""
         if len(self.shape) != 4 or self.channel_axis not in (1, 3):
             return None
         h, w = self.shape[2:] if self.channel_axis == 1 else self.shape[1:3]
@@ -74,8 +76,11 @@ class Trace:
     classes: int
 
     def node_of(self, module: str) -> Node | None:
-        """The value that a module returned; None if it did not run, or returned no tensor of its own."""
-        return next((self.nodes[i] for i, names in self.returned_by.items() if module in names), None)
+        """The value that a module returned; None if it did not run, or returned no tensor of its
+        own."""
+        return next(
+            (self.nodes[i] for i, names in self.returned_by.items() if module in names), None
+        )
 
     def head_of(self, index: int) -> list[Node]:
         """The nodes between a value and the logits, in order."""
@@ -83,7 +88,9 @@ class Trace:
         for i in sorted(self.nodes):
             if i > index and after.intersection(self.nodes[i].parents):
                 after.add(i)
-        return [node for node in self.leading_to_logits() if node.index in after and node.index > index]
+        return [
+            node for node in self.leading_to_logits() if node.index in after and node.index > index
+        ]
 
     def bottlenecks(self) -> list[Node]:
         """The nodes through which all of the data passes on its way to the logits, last first."""
@@ -116,12 +123,20 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     """
     recorder = _Recorder(model, images)
     quiet = torch.autocast(images.device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), quiet, evaluating(model), recorder.watching():
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        quiet,
+        evaluating(model),
+        recorder.watching(),
+    ):
         output = model(images)
         found = pick_logits(output)
     logits = recorder.value_of(found)
     if logits is None or logits < 0:
-        raise OutputError("the logits do not depend on the images through operators that PyTorch dispatches")
+        raise OutputError(
+            "the logits do not depend on the images through operators that PyTorch dispatches"
+        )
     returned_by = {index: tuple(names) for index, names in recorder.returned_by.items()}
     return Trace(recorder.nodes, returned_by, recorder.calls, logits, found.shape[1])
 
@@ -137,7 +152,9 @@ class _Recorder:
     def __post_init__(self) -> None:
         self._made: dict[int, int] = {id(self.images): -1}
         self._written: dict[int, int] = {}
-        self._weights = {id(t): name for name, t in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        self._weights = {
+            id(t): name for name, t in [*self.model.named_parameters(), *self.model.named_buffers()]
+        }
         # An id is unique only while its tensor lives.
         self._alive: list[Tensor] = [self.images]
         self._running: list[str] = [""]
@@ -145,7 +162,8 @@ class _Recorder:
         self._thread = threading.get_ident()
 
     def value_of(self, tensor: Tensor) -> int | None:
-        """The last node that made or wrote this tensor; None for what does not depend on the images."""
+        """The last node that made or wrote this tensor; None for what does not depend on the
+        images."""
         made, written = self._made.get(id(tensor)), self._written.get(_storage(tensor))
         return written if made is None else made if written is None else max(made, written)
 
@@ -185,7 +203,12 @@ class _Recorder:
         return hook
 
     def record(
-        self, func: Any, args: Any, inputs: list[Tensor], written: list[Tensor], outputs: list[Tensor]
+        self,
+        func: Any,
+        args: Any,
+        inputs: list[Tensor],
+        written: list[Tensor],
+        outputs: list[Tensor],
     ) -> None:
         self._alive += inputs + outputs
         values = {value for t in inputs if (value := self.value_of(t)) is not None}
@@ -208,9 +231,9 @@ class _Recorder:
             self._written[_storage(tensor)] = index
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -230,8 +253,11 @@ _CHANNELS_SECOND = ("convolution", "batch_norm", "group_norm", "max_pool2d", "av
 _CHANNELS_LAST = ("layer_norm", "linear", "addmm", "mm", "bmm", "baddbmm")
 
 
-def _channel_axis(operator: str, args: Any, shape: tuple[int, ...], before: list[Node]) -> int | None:
-    """Where the channels of a result are: set by operators that have a fixed place for them, else inherited."""
+def _channel_axis(
+    operator: str, args: Any, shape: tuple[int, ...], before: list[Node]
+) -> int | None:
+    """Where the channels of a result are: set by operators that have a fixed place for them, else
+    inherited."""
     if any(kind in operator for kind in _CHANNELS_SECOND):
         return 1
     if any(operator.strip("_").endswith(kind) for kind in _CHANNELS_LAST):
@@ -243,7 +269,10 @@ def _channel_axis(operator: str, args: Any, shape: tuple[int, ...], before: list
     if operator == "permute":
         return [d % len(shape) for d in args[1]].index(axis)
     if operator == "transpose":
-        swap = {args[1] % len(shape): args[2] % len(shape), args[2] % len(shape): args[1] % len(shape)}
+        swap = {
+            args[1] % len(shape): args[2] % len(shape),
+            args[2] % len(shape): args[1] % len(shape),
+        }
         return swap.get(axis, axis)
     if len(shape) == len(source.shape):
         return axis
@@ -253,4 +282,4 @@ def _channel_axis(operator: str, args: Any, shape: tuple[int, ...], before: list
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -1,11 +1,11 @@
 """Custom operators `torch.ops.diffcam.*`: the one call site of the engine, whatever the device.
 
-Each checks its operands, allocates, and dispatches by device. Fake implementations let `torch.compile`,
-`torch.export` and CUDA graphs see through them. Every device runs the definitions in `reference` today; a kernel
-replaces one with `register_kernel("cuda")` and no caller changes.
+Each checks its operands, allocates, and dispatches by device. Fake implementations let
+`torch.compile`, `torch.export` and CUDA graphs see through them. Every device runs the definitions
+in `reference` today; a kernel replaces one with `register_kernel("cuda")` and no caller changes.
 
-Targets are taken as valid here: reading them back to check their range would stop a GPU, so whoever accepts
-them from a user checks them there.
+Targets are taken as valid here: reading them back to check their range would stop a GPU, so whoever
+accepts them from a user checks them there.
 """
 
 import torch
@@ -28,15 +28,19 @@ def contrast_gradient(
         ValueError: an operand has the wrong shape or dtype, or the temperature is negative.
     """
     _require(logits.ndim == 2, f"logits must be (N, K), got {tuple(logits.shape)}")
-    _require(logits.shape[1] > 1 or temperature is None, "a contrast needs at least two classes, got 1")
+    _require(
+        logits.shape[1] > 1 or temperature is None, "a contrast needs at least two classes, got 1"
+    )
     _require(logits.is_floating_point(), f"logits must be floating point, got {logits.dtype}")
     _require(
         targets.ndim == 2 and targets.shape[0] == logits.shape[0] and targets.dtype == torch.int64,
-        f"targets must be (N, T) int64 with N = {logits.shape[0]}, got {tuple(targets.shape)} {targets.dtype}",
+        f"targets must be (N, T) int64 with N = {logits.shape[0]}, got {tuple(targets.shape)} "
+        f"{targets.dtype}",
     )
     _require(
         temperature is None or temperature >= 0,
-        f"temperature must be 0 (the best other class), positive, or inf (their mean); got {temperature}",
+        "temperature must be 0 (the best other class), positive, or inf (their mean); got "
+        f"{temperature}",
     )
     shape = (*targets.shape, logits.shape[1])
     if reference is not None:
@@ -91,8 +95,11 @@ def pooled_cam(activations: Tensor, weights: Tensor, relu: bool) -> Tensor:
         ValueError: the shapes do not fit.
     """
     _require(
-        activations.ndim == 4 and weights.ndim == 3 and _sizes(activations) == (weights.shape[0], weights.shape[2]),
-        f"need A (N, C, h, w) and w (N, T, C), got {tuple(activations.shape)} and {tuple(weights.shape)}",
+        activations.ndim == 4
+        and weights.ndim == 3
+        and _sizes(activations) == (weights.shape[0], weights.shape[2]),
+        f"need A (N, C, h, w) and w (N, T, C), got {tuple(activations.shape)} and "
+        f"{tuple(weights.shape)}",
     )
     return ref.pooled_cam(activations, weights, relu)
 
@@ -111,10 +118,16 @@ def gradient_cam(activations: Tensor, gradients: Tensor, reduction: str, relu: b
         ValueError: the shapes do not fit, or the reduction is unknown.
     """
     _require(
-        activations.ndim == 4 and gradients.ndim == 5 and activations.shape == gradients.shape[:1] + gradients.shape[2:],
-        f"need A (N, C, h, w) and G (N, T, C, h, w), got {tuple(activations.shape)} and {tuple(gradients.shape)}",
+        activations.ndim == 4
+        and gradients.ndim == 5
+        and activations.shape == gradients.shape[:1] + gradients.shape[2:],
+        f"need A (N, C, h, w) and G (N, T, C, h, w), got {tuple(activations.shape)} and "
+        f"{tuple(gradients.shape)}",
     )
-    _require(reduction in ref.REDUCTIONS, f"unknown reduction {reduction!r}; there are {', '.join(ref.REDUCTIONS)}")
+    _require(
+        reduction in ref.REDUCTIONS,
+        f"unknown reduction {reduction!r}; there are {', '.join(ref.REDUCTIONS)}",
+    )
     return ref.gradient_cam(activations, gradients, reduction, relu).contiguous()
 
 

@@ -1,7 +1,8 @@
 """The definition of every operator, in plain PyTorch.
 
-Kernels and exported graphs are held against these functions. They accumulate in float32, or in float64 where an
-operand is float64, whatever the dtype of the inputs; they are written to be read, not to be fast.
+Kernels and exported graphs are held against these functions. They accumulate in float32, or in
+float64 where an operand is float64, whatever the dtype of the inputs; they are written to be read,
+not to be fast.
 """
 
 import math
@@ -26,8 +27,9 @@ def contrast_weights(
 ) -> Tensor:
     """The blend q of the other classes that a target is contrasted with.
 
-    q = softmax over j != c of z_j / T, and q_c = 0. T = infinity is the plain mean, T = 0 the one best other class
-    (exact ties: the lowest index). A logit of -inf takes no part, in the mean neither. NaN logits give NaN.
+    q = softmax over j != c of z_j / T, and q_c = 0. T = infinity is the plain mean, T = 0 the one
+    best other class (exact ties: the lowest index). A logit of -inf takes no part, in the mean
+    neither. NaN logits give NaN.
 
     Args:
         logits: (N, K).
@@ -85,7 +87,8 @@ def contrast_gradient(
 
 
 def contrast_score(logits: Tensor, gradient: Tensor) -> Tensor:
-    """S = sum_k d_k z_k (N, T), from the logits (N, K) and d (N, T, K); classes with d = 0 take no part."""
+    """S = sum_k d_k z_k (N, T), from the logits (N, K) and d (N, T, K); classes with d = 0 take no
+    part."""
     z = logits.to(gradient.dtype)[:, None, :]
     return torch.where(gradient == 0, 0.0, gradient * z).sum(dim=2)
 
@@ -93,7 +96,8 @@ def contrast_score(logits: Tensor, gradient: Tensor) -> Tensor:
 def channel_weights(gradient: Tensor, weight: Tensor, cells: int) -> Tensor:
     """Channel weights of a pooled linear head, w = d W / P.
 
-    With z = W mean(A) + b the gradient dS/dA is this vector at every cell: nothing needs a backward pass.
+    With z = W mean(A) + b the gradient dS/dA is this vector at every cell: nothing needs a backward
+    pass.
 
     Args:
         gradient: d, (N, T, K).
@@ -118,9 +122,8 @@ def pooled_cam(activations: Tensor, weights: Tensor, relu: bool) -> Tensor:
         (N, T, h, w) float32 (float64 if an operand is), in units of S per cell.
     """
     dtype = accumulate_dtype(activations, weights)
-    n, _, h, w = activations.shape
     maps = torch.bmm(weights.to(dtype), activations.to(dtype).flatten(2))
-    return _rectify(maps.unflatten(2, (h, w)), relu)
+    return _rectify(maps.view(*maps.shape[:2], *activations.shape[2:]), relu)
 
 
 def _grad_cam(a: Tensor, g: Tensor) -> Tensor:
