@@ -1,0 +1,237 @@
+"""`diffcam bench families`: one network of each family, our float32 maps against float64 autograd on the whole network.
+
+The oracle shares no code with the engine but the name of the layer: a float64 copy of the network, all of it recorded
+by autograd, and the contrast and the reduction written out from their definitions.
+"""
+
+import copy
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffcam_fast import Explainer
+from diffcam_fast.analysis import Inspection
+from torch import Tensor, nn
+
+from diffcam_bench.rows import provenance, read_rows, write_rows
+from diffcam_bench.zoo import Network, build, size_of, smallest_of_each_family
+
+# N = 2 images with T = 2 targets each.
+TARGETS = ((1, 7), (3, 2))
+
+
+@dataclass(frozen=True)
+class Result:
+    """How well one network is explained.
+
+    Attributes:
+        model: `timm:NAME` or `torchvision:NAME`.
+        family: see `diffcam_bench.zoo.Network`.
+        parameters: in millions.
+        size: of the input, `H x W`.
+        supported: `yes` or `no`.
+        layer: the target layer found.
+        shape: of its activation, `C x h x w`.
+        head: `closed form` or `backward`.
+        error: max|M - M64| / max|M64| over all maps, M signed.
+        eager_error: the same of float32 autograd on the whole network, which the network's own conditioning sets.
+        reason: why the head is what it is, or why the network is not supported.
+        seconds: of all of it.
+    """
+
+    model: str
+    family: str = ""
+    parameters: str = ""
+    size: str = ""
+    supported: str = "no"
+    layer: str = ""
+    shape: str = ""
+    head: str = ""
+    error: str = ""
+    eager_error: str = ""
+    reason: str = ""
+    seconds: str = ""
+
+
+def check(name: str, *, size: tuple[int, int] | None = None) -> Result:
+    """Explains a network with random weights and compares with float64 autograd; an error becomes the reason."""
+    start = time.perf_counter()
+    model = build(name)
+    height, width = size or size_of(name, model)
+    result = Result(name, size=f"{height} x {width}")
+    try:
+        result = _compare(model, (height, width), result)
+    except Exception as error:  # noqa: BLE001 - the sweep lists whatever a network raises
+        result = replace(result, reason=f"{type(error).__name__}: {_first_sentence(str(error))}")
+    return replace(result, seconds=f"{time.perf_counter() - start:.0f}")
+
+
+def _compare(model: nn.Module, size: tuple[int, int], result: Result) -> Result:
+    images = torch.randn(len(TARGETS), 3, *size, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor(TARGETS)
+    explainer = Explainer(model, relu=False, example_inputs=images)
+    maps = explainer(images, targets).maps
+    found = explainer.inspect()
+    result = replace(
+        result,
+        layer=found.layer,
+        shape=" x ".join(map(str, found.shape)),
+        head="closed form" if found.closed_form else "backward",
+        reason=found.reason,
+    )
+    eager = autograd_maps(model, images, targets, found)
+    exact = autograd_maps(copy.deepcopy(model).double(), images.double(), targets, found)
+    error = relative_error(maps, exact)
+    if error != error:
+        return replace(result, reason="the network's own float64 maps are zero or not finite; nothing to compare")
+    return replace(
+        result, supported="yes", error=f"{error:.1e}", eager_error=f"{relative_error(eager, exact):.1e}"
+    )
+
+
+def relative_error(maps: Tensor, exact: Tensor) -> float:
+    """max|M - M64| / max|M64|; NaN where M64 is zero or not finite."""
+    return float((maps.double() - exact).abs().max() / exact.abs().max())
+
+
+def autograd_maps(model: nn.Module, images: Tensor, targets: Tensor, found: Inspection) -> Tensor:
+    """Signed DiffGradCAM maps (N, T, h, w) under the log-odds contrast, by autograd through the whole network.
+
+    Args:
+        model: in evaluation mode, in the dtype of the images.
+        images: (N, C, H, W).
+        targets: (N, T) int64.
+        found: names the layer, its channel axis, and a softmax at the end.
+    """
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        kept.append(output)
+        # Whatever is written in place behind the layer hits the clone.
+        return output.clone()
+
+    handle = model.get_submodule(found.layer).register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            logits = model(images.requires_grad_())
+    finally:
+        handle.remove()
+        images.requires_grad_(False)
+    logits = logits[0] if isinstance(logits, tuple | list) else logits
+    logits = logits.flatten(1).log() if found.probabilities else logits.flatten(1)
+    [activation] = kept
+    maps = []
+    for column in targets.T:
+        score = _log_odds(logits, column).sum()
+        [gradient] = torch.autograd.grad(score, activation, retain_graph=True)
+        gradient, detached = (t.movedim(found.channel_axis, 1) for t in (gradient, activation.detach()))
+        maps.append((gradient.mean(dim=(2, 3), keepdim=True) * detached).sum(dim=1))
+    return torch.stack(maps, dim=1)
+
+
+def _log_odds(logits: Tensor, target: Tensor) -> Tensor:
+    """log(p_c / (1 - p_c)), (N,)."""
+    others = logits.scatter(1, target[:, None], -torch.inf)
+    return logits.gather(1, target[:, None])[:, 0] - others.logsumexp(dim=1)
+
+
+def _first_sentence(text: str) -> str:
+    line = " ".join(text.split())
+    return line.partition(". ")[0][:300]
+
+
+def sweep(
+    networks: Sequence[Network], path: Path | None, *, threads: int, limit_s: float, memory_gib: float
+) -> Iterator[Result]:
+    """Checks networks one by one in a process of their own, each bounded in time and memory.
+
+    Args:
+        networks: what to check.
+        path: CSV file; it is written after each network, and networks in it are not checked again. None: no file.
+        threads: of torch.
+        limit_s: seconds for one network.
+        memory_gib: memory for the process.
+
+    Yields:
+        A result for each network that was checked now.
+    """
+    rows: dict[str, dict[str, object]] = {row["model"]: dict(row) for row in (read_rows(path) if path else [])}
+    source = provenance("torchvision", "timm", threads=threads)
+    with _Worker(threads, memory_gib) as worker:
+        for network in networks:
+            if network.name in rows:
+                continue
+            result = replace(
+                worker.check(network, limit_s), family=network.family, parameters=f"{network.parameters / 1e6:.2f}"
+            )
+            rows[network.name] = {**asdict(result), **source}
+            if path is not None:
+                write_rows(path, sorted(rows.values(), key=lambda row: (str(row["family"]), str(row["model"]))))
+            yield result
+
+
+class _Worker:
+    """A process that checks networks; a new one after each that had to be ended."""
+
+    def __init__(self, threads: int, memory_gib: float) -> None:
+        self._settings = (threads, memory_gib)
+        self._process: Any = None
+        self._pipe: Connection[Any, Any] | None = None
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def check(self, network: Network, limit_s: float) -> Result:
+        pipe = self._pipe or self._start()
+        failed = Result(network.name, size=f"{network.size[0]} x {network.size[1]}")
+        pipe.send(network.name)
+        if not pipe.poll(limit_s):
+            self._stop()
+            return replace(failed, reason=f"not checked: it takes more than {limit_s:g} s", seconds=f"{limit_s:.0f}")
+        try:
+            result: Result = pipe.recv()
+        except EOFError:
+            self._stop()
+            return replace(failed, reason=f"not checked: it takes more than {self._settings[1]:g} GiB")
+        return result
+
+    def _start(self) -> "Connection[Any, Any]":
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, *self._settings), daemon=True)
+        self._process.start()
+        theirs.close()
+        # The first answer says that the imports are done; they are not on the first network's time.
+        self._pipe.recv()
+        return self._pipe
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = self._pipe = None
+
+
+def _serve(pipe: "Connection[Any, Any]", threads: int, memory_gib: float) -> None:
+    torch.set_num_threads(threads)
+    # Data is what torch allocates; the address space also counts libraries that are mapped and never touched.
+    limit = int(memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    pipe.send("ready")
+    while True:
+        pipe.send(check(pipe.recv()))
+
+
+def pending(chosen: str | None, progress: Callable[[int], object] = lambda done: None) -> list[Network]:
+    """The smallest network of each family, those alone whose name or family holds `chosen`."""
+    networks = smallest_of_each_family(progress)
+    return [n for n in networks if chosen is None or chosen in n.name or chosen in n.family]

@@ -1,0 +1,122 @@
+"""The networks of timm and torchvision, sorted into families, with random weights."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffcam_bench.rows import optional
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the zoo.
+
+    Attributes:
+        name: `timm:NAME` or `torchvision:NAME`.
+        family: its library and module, with the stem of its name where a module holds several: `timm/resnet/seresnet`.
+        size: (H, W) in pixels, its own input size.
+        parameters: their number.
+    """
+
+    name: str
+    family: str
+    size: tuple[int, int]
+    parameters: int
+
+
+def smallest_of_each_family(progress: Callable[[int], object] = lambda done: None) -> list[Network]:
+    """For each family its network of the fewest parameters, small ones first.
+
+    Every network is built once on the meta device, without memory for its weights.
+    """
+    best: dict[str, Network] = {}
+    for number, network in enumerate(_all_networks(), start=1):
+        known = best.get(network.family)
+        if known is None or network.parameters < known.parameters:
+            best[network.family] = network
+        progress(number)
+    return sorted(best.values(), key=lambda n: (n.parameters, n.name))
+
+
+def build(name: str, *, seed: int = 0) -> nn.Module:
+    """A network with random weights and random batch-norm statistics, in evaluation mode.
+
+    Weight matrices that are born as zeros, so that the logits are constant, become random as well.
+    """
+    torch.manual_seed(seed)
+    model = _construct(name).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+            if isinstance(mean, Tensor) and isinstance(variance, Tensor):
+                mean.normal_(0, 0.1, generator=generator)
+                variance.uniform_(0.8, 1.2, generator=generator)
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()), generator=generator)
+    return model
+
+
+def size_of(name: str, model: nn.Module) -> tuple[int, int]:
+    """The input size (H, W) of a network: what timm's configuration says, what torchvision trained it at."""
+    if name.startswith("timm:"):
+        config = getattr(model, "pretrained_cfg", None) or {}
+        _, height, width = config.get("input_size", (3, 224, 224))
+        return int(height), int(width)
+    side = 299 if name == "torchvision:inception_v3" else 224
+    return side, side
+
+
+def _all_networks() -> Iterator[Network]:
+    stems: dict[str, set[str]] = {}
+    listed = [*_timm_names(), *_torchvision_names()]
+    for name, module in listed:
+        stems.setdefault(module, set()).add(_stem(name))
+    for name, module in listed:
+        # torchvision has one architecture a module.
+        several = module.startswith("timm/") and len(stems[module]) > 1
+        family = f"{module}/{_stem(name)}" if several else module
+        with torch.device("meta"):
+            model = _construct(name)
+        count = sum(p.numel() for p in model.parameters())
+        yield Network(name, family, size_of(name, model), count)
+
+
+def _timm_names() -> Iterator[tuple[str, str]]:
+    registry = optional("timm.models")
+    for module in registry.list_modules():
+        for name in sorted(registry.list_models(module=module)):
+            # timm's own test fixtures are no architectures.
+            if not name.startswith("test_"):
+                yield f"timm:{name}", f"timm/{module}"
+
+
+def _torchvision_names() -> Iterator[tuple[str, str]]:
+    models = optional("torchvision.models")
+    for name in models.list_models(module=models):
+        module = models.get_model_builder(name).__module__.rpartition(".")[2]
+        yield f"torchvision:{name}", f"torchvision/{module}"
+
+
+def _stem(name: str) -> str:
+    found = re.match(r"[a-z]+", name.partition(":")[2])
+    return found[0] if found else name
+
+
+def _construct(name: str) -> nn.Module:
+    library, _, model = name.partition(":")
+    if library == "timm":
+        built = optional("timm").create_model(model, pretrained=False)
+    elif library == "torchvision":
+        # GoogLeNet and Inception draw their weights slowly unless told not to.
+        options = {"init_weights": True, "aux_logits": True} if model in ("googlenet", "inception_v3") else {}
+        built = optional("torchvision.models").get_model(model, weights=None, **options)
+    else:
+        raise ValueError(f"a network is timm:NAME or torchvision:NAME, got {name!r}")
+    assert isinstance(built, nn.Module)
+    return built
