@@ -49,6 +49,7 @@ setup(
     },
     install_requires=[
         "click>=8.1",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "numpy>=1.26",
         "pillow>=11",

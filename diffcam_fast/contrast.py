@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffcam_kernels import ops, reference
 from torch import Tensor
+
+from diffcam_kernels import ops, reference
 
 _NAMED: dict[str, float | None] = {
     "mean": math.inf,
@@ -105,7 +106,8 @@ class Contrast:
     @property
     def name(self) -> str:
         """`mean`, `log_odds`, `runner_up`, `none`, `temperature=T` or `weights`, with the reference
-        classes."""
+        classes.
+        """
         if self.weights is not None:
             return "weights"
         named = {value: name for name, value in _NAMED.items()}

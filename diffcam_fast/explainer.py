@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from diffcam_kernels import ops, reference
 from torch import Tensor, nn
 
 from diffcam_fast.analysis import AnalysisError, Inspection, analyse
@@ -16,6 +15,7 @@ from diffcam_fast.explanation import Explanation
 from diffcam_fast.methods import get_method
 from diffcam_fast.running import OutputError, tensor_named, unwrap
 from diffcam_fast.split import Split, forward, head_gradients
+from diffcam_kernels import ops, reference
 
 # The sizes that image classifiers are made for, tried in this order where the model does not tell
 # its own.

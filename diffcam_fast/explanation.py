@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffcam_kernels import ops
 from torch import Tensor
+
+from diffcam_kernels import ops
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,8 @@ class Explanation:
     @property
     def finite(self) -> Tensor:
         """(N, T) bool: False where a map holds NaN or infinity, which are passed on and never
-        replaced."""
+        replaced.
+        """
         return self.maps.isfinite().all(dim=3).all(dim=2)
 
     def heatmaps(self, size: tuple[int, int]) -> Tensor:
@@ -100,7 +102,8 @@ class Explanation:
 
     def to_numpy(self) -> dict[str, np.ndarray]:
         """`logits`, `targets`, `scores` and `maps` as arrays in host memory; bfloat16 logits become
-        float32."""
+        float32.
+        """
         logits = self.logits.float() if self.logits.dtype == torch.bfloat16 else self.logits
         tensors = {
             "logits": logits,

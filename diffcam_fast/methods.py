@@ -1,5 +1,6 @@
 """The methods: each a reduction of activations and gradients to a map, and the contrast it takes by
-default."""
+default.
+"""
 
 from dataclasses import dataclass
 

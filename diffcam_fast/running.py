@@ -42,7 +42,8 @@ _lock = threading.Lock()
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode and uncompiled; the last of several threads restores the
-    training flags."""
+    training flags.
+    """
     with _lock:
         state = _evaluating.get(model)
         if state is None:

@@ -112,7 +112,8 @@ def _vjp(logits: Tensor, leaf: Tensor, d: Tensor) -> Tensor:
 @contextmanager
 def _tapped(model: nn.Module, layer: str, tap: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Calls `tap` with the output of a layer, and passes on what it returns, in this thread
-    alone."""
+    alone.
+    """
     thread = threading.get_ident()
 
     def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from diffcam_fast import AnalysisError, Explainer
 from diffcam_fast.analysis import analyse
 from diffcam_fast.analysis.trace import trace
 from networks import Overwritten, images, pooled, with_mlp
-from torch import Tensor, nn
 
 
 class Functional(nn.Module):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from diffcam_fast.contrast import Contrast, contrast_score
 from diffcam_kernels import ops, reference
 

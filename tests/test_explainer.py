@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+
 from diffcam_fast import Contrast, Explainer
 from networks import Overwritten, expected_maps, images, pooled, relative_error, with_mlp
-from torch import nn
 
 TARGETS = torch.tensor([[3, 0], [1, 4], [2, 2]])
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from diffcam_kernels import ops, reference
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from diffcam_fast import Explainer
 from networks import Overwritten, expected_maps, images, pooled, relative_error, with_mlp
-from torch import Tensor, nn
 
 TARGETS = torch.tensor([[3], [1], [2]])
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -25,7 +26,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
-    yield MODELS[request.param]()
+    return MODELS[request.param]()
 
 
 def explained(model: nn.Module, **options: object) -> Tensor:

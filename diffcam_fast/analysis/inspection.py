@@ -12,7 +12,8 @@ from diffcam_fast.analysis.trace import Node, Trace, trace
 
 class AnalysisError(ValueError):
     """No layer of the model can be explained, or not the one that was asked for; the message lists
-    candidates."""
+    candidates.
+    """
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def _node(model: nn.Module, flow: Trace, layer: str, candidates: tuple[Candidate
 
 def _candidates(flow: Trace) -> tuple[Candidate, ...]:
     """One per spatial value that all data passes through, by the outermost module that returns it,
-    last first."""
+    last first.
+    """
     found: list[Candidate] = []
     mixing = [n.index for n in flow.leading_to_logits() if n.parameters and _mixes_channels(n)]
     for node in flow.bottlenecks():

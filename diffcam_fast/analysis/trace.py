@@ -45,7 +45,8 @@ class Node:
     @property
     def grid(self) -> tuple[int, int] | None:
         """(h, w) of a spatial activation, a 4-D value of more than one cell whose channels are
-        known."""
+        known.
+        """
         if len(self.shape) != 4 or self.channel_axis not in (1, 3):
             return None
         h, w = self.shape[2:] if self.channel_axis == 1 else self.shape[1:3]
@@ -77,7 +78,8 @@ class Trace:
 
     def node_of(self, module: str) -> Node | None:
         """The value that a module returned; None if it did not run, or returned no tensor of its
-        own."""
+        own.
+        """
         return next(
             (self.nodes[i] for i, names in self.returned_by.items() if module in names), None
         )
@@ -163,7 +165,8 @@ class _Recorder:
 
     def value_of(self, tensor: Tensor) -> int | None:
         """The last node that made or wrote this tensor; None for what does not depend on the
-        images."""
+        images.
+        """
         made, written = self._made.get(id(tensor)), self._written.get(_storage(tensor))
         return written if made is None else made if written is None else max(made, written)
 
@@ -257,7 +260,8 @@ def _channel_axis(
     operator: str, args: Any, shape: tuple[int, ...], before: list[Node]
 ) -> int | None:
     """Where the channels of a result are: set by operators that have a fixed place for them, else
-    inherited."""
+    inherited.
+    """
     if any(kind in operator for kind in _CHANNELS_SECOND):
         return 1
     if any(operator.strip("_").endswith(kind) for kind in _CHANNELS_LAST):

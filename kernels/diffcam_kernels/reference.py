@@ -88,7 +88,8 @@ def contrast_gradient(
 
 def contrast_score(logits: Tensor, gradient: Tensor) -> Tensor:
     """S = sum_k d_k z_k (N, T), from the logits (N, K) and d (N, T, K); classes with d = 0 take no
-    part."""
+    part.
+    """
     z = logits.to(gradient.dtype)[:, None, :]
     return torch.where(gradient == 0, 0.0, gradient * z).sum(dim=2)
 
