@@ -100,7 +100,7 @@ def test_text_list_and_stdin(here):
     (here / "list.txt").write_bytes(b"\xef\xbb\xbfa.jpg\r\n\r\nwith space .jpg\ngone.jpg\n")
     found = find_images([], text_list="list.txt", stdin=io.StringIO("p\n\na.jpg\n"))
     assert paths(found) == ["a.jpg", "with space .jpg", "gone.jpg", "p/b.jpg"]
-    assert names(found) == ["a", "with space", "gone", "p/b"]
+    assert names(found) == ["a", "with space", "gone", "b"]
     assert paths(find_images(["-"], stdin=io.StringIO("a.jpg"))) == ["a.jpg"]
     assert find_images([], stdin=io.StringIO("")) == []
 
@@ -151,9 +151,9 @@ def test_names_never_leave_the_output_folder(here):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (["gone.jpg"], "gone.jpg: no such file or folder"),
+        (["gone.jpg"], "no such file or folder"),
         (["*.jpg"], "this glob holds no image"),
-        (["empty"], "this folder holds no image .looked for .bmp"),
+        (["empty"], "this folder holds no image"),
         (["-"], "no standard input"),
         ([], "no images were given"),
     ],
@@ -165,5 +165,5 @@ def test_usage_errors(here, inputs, message):
 
 
 def test_missing_list(here):
-    with pytest.raises(ValueError, match="list.txt: cannot read the list"):
+    with pytest.raises(ValueError, match=r"list\.txt: cannot read the list"):
         find_images([], text_list="list.txt")

@@ -1,5 +1,6 @@
 """Real files of every kind, with known colours, and every way in which a file can be broken."""
 
+import contextlib
 import io
 import os
 import struct
@@ -388,12 +389,9 @@ def test_random_damage_gives_an_image_or_an_image_error(tmp_path, suffix):
         places = rng.integers(0, min(len(bad), 400), size=rng.integers(1, 12))
         bad[places] = rng.integers(0, 256, len(places))
         path.write_bytes(bad.tobytes())
-        try:
-            image = read_image(path, max_pixels=1_000_000)
-        except ImageError as error:
-            assert str(error)
-        else:
-            assert image.mode == "RGB"
+        # Any other exception fails the test.
+        with contextlib.suppress(ImageError):
+            assert read_image(path, max_pixels=1_000_000).mode == "RGB"
 
 
 def test_pixel_bomb_is_refused_before_decoding(tmp_path):

@@ -53,20 +53,25 @@ class JsonlWriter(Writer):
     def restore(self, done: Sequence[Entry]) -> None:
         """Cuts the file behind the last line that the ledger holds too."""
         wanted = [entry.path for entry in done if self.NAME in entry.files]
-        if not self.path.exists() and not wanted:
+        if not self.path.exists():
+            if wanted:
+                raise self._lost(wanted[0])
             return
         keep = 0
         with open(self.path, "r+b") as file:
             for path in wanted:
                 line = file.readline()
-                if not line.endswith(b"\n") or json.loads(line).get("path") != path:
-                    raise ValueError(
-                        f"{self.path}: the line of {path} is missing, though the run finished it; "
-                        "run without --resume"
-                    )
+                if _path_of(line) != path:
+                    raise self._lost(path)
                 keep += len(line)
             file.truncate(keep)
             os.fsync(file.fileno())
+
+    def _lost(self, path: str) -> ValueError:
+        return ValueError(
+            f"{self.path}: the line of {path} is missing, though the run finished it; "
+            "run without --resume"
+        )
 
 
 class ParquetWriter(Writer):
@@ -137,6 +142,15 @@ def _json_line(record: Record) -> str:
         "finite": [bool(flag) for flag in record.finite],
     }
     return json.dumps(fields, allow_nan=False) + "\n"
+
+
+def _path_of(line: bytes) -> str | None:
+    """The path in a whole line of JSON; None where the line is torn or something else."""
+    try:
+        path = json.loads(line)["path"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return path if line.endswith(b"\n") and isinstance(path, str) else None
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:
