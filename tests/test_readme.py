@@ -1,0 +1,141 @@
+"""The README's code blocks run as they stand there, in an empty folder with a few photographs.
+
+A block that must not run says why on its fence: ```bash not-run: REASON.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+SHELLS = {"bash", "console"}
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    note: str
+    body: str
+    line: int
+
+    @property
+    def reason(self) -> str | None:
+        """Why the block does not run; None: it does."""
+        mark = re.fullmatch(r"not-run:?\s*(.*)", self.note)
+        return None if mark is None else mark[1].strip()
+
+    def commands(self) -> list[str]:
+        """Lines a shell runs; of a console block those after the prompt `$ `, not the output."""
+        lines = self.body.splitlines()
+        if self.language == "console":
+            return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        return lines
+
+
+def blocks(text: str) -> list[Block]:
+    found = []
+    for match in FENCE.finditer(text):
+        language, _, note = match["info"].strip().partition(" ")
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Block(language, note.strip(), match["body"], line))
+    return found
+
+
+README = [
+    block
+    for block in blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    if block.language in SHELLS | {"python"}
+]
+
+
+def make_targets(line: str) -> list[str] | None:
+    """Return the targets of a `make` line, None for any other line."""
+    words = line.split("#")[0].split()
+    return [word for word in words[1:] if "=" not in word] if words[:1] == ["make"] else None
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """Return a folder with cat.jpg and photos/, as the README's commands name them."""
+    spec = find_spec("skimage")
+    assert spec is not None, "scikit-image is missing: make test installs it"
+    assert spec.origin is not None
+    data = Path(spec.origin).parent / "data"
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    Image.open(data / "chelsea.png").convert("RGB").save(tmp_path / "cat.jpg")
+    Image.open(data / "coffee.png").convert("RGB").save(tmp_path / "photos" / "coffee.jpg")
+    shutil.copy(tmp_path / "cat.jpg", tmp_path / "photos" / "cat.jpg")
+    return tmp_path
+
+
+def run(command: list[str], folder: Path) -> None:
+    scripts = str(Path(sys.executable).parent)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {"PATH": scripts + os.pathsep + os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\nexit code {done.returncode}"
+
+
+def test_fences_are_read() -> None:
+    text = "a\n```bash\nmake demo X=1 # why\n```\n```console\n$ ls\na b\n```\n" + (
+        "```python not-run: needs a GPU\nx\n```\n"
+    )
+    shell, console, python = blocks(text)
+    assert (shell.language, shell.line, shell.reason) == ("bash", 2, None)
+    assert [make_targets(line) for line in shell.commands()] == [["demo"]]
+    assert console.commands() == ["ls"]
+    assert make_targets("diffcam explain cat.jpg") is None
+    assert (python.language, python.reason) == ("python", "needs a GPU")
+
+
+def test_readme_names_its_two_commands() -> None:
+    targets = [make_targets(line) for block in README for line in block.commands()]
+    assert ["demo"] in targets
+    assert ["test"] in targets
+
+
+def test_a_block_that_does_not_run_says_why() -> None:
+    silent = [block.line for block in README if block.note and not block.reason]
+    assert silent == []
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    declared = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    for block in README:
+        for line in block.commands():
+            assert set(make_targets(line) or []) <= declared, f"README line {block.line}: {line}"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [block for block in README if block.reason is None],
+    ids=lambda block: f"line{block.line}-{block.language}",
+)
+def test_block_runs(block: Block, workplace: Path) -> None:
+    if block.language == "python":
+        run([sys.executable, "-c", block.body], workplace)
+        return
+    # make runs are this very test run, and the demo: their targets are checked above
+    lines = [line for line in block.commands() if make_targets(line) is None]
+    before = set(workplace.rglob("*"))
+    run(["bash", "-euo", "pipefail", "-c", "\n".join(lines)], workplace)
+    if any(line.startswith("diffcam explain") for line in lines):
+        assert set(workplace.rglob("*")) > before, "it wrote nothing"
