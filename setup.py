@@ -62,7 +62,16 @@ setup(
         "models": MODELS,
         "demo": DEMO,
         "bench": [*MODELS, *BENCH],
-        "test": [*MODELS, *DEMO, *BENCH, "hypothesis>=6.100", "pytest>=8", "selenium>=4.20"],
+        # setuptools: a test builds the wheel without fetching a build environment.
+        "test": [
+            *MODELS,
+            *DEMO,
+            *BENCH,
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "selenium>=4.20",
+            "setuptools>=77",
+        ],
         "dev": ["mypy==2.4.1", "ruff==0.17.6"],
     },
     entry_points={"console_scripts": ["diffcam = diffcam_fast.cli.main:main"]},
