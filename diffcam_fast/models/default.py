@@ -1,6 +1,7 @@
 """The network that is there when none is named: EfficientNet-Lite0, trained on ImageNet-1k."""
 
 import importlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,27 @@ def build(classes: int = 1000) -> nn.Module:
         NAME, num_classes=classes
     )
     return model
+
+
+def name_parts(model: nn.Module) -> nn.Module:
+    """The same network, with a module of its own for each step.
+
+    The package's class runs one ReLU6 module in the stem and again behind the last convolution, so
+    that its last activation is not the output of any one module. Here it has a name, and the head
+    behind it is a pooled linear one.
+    """
+    parts: Any = model
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Sequential(parts._conv_stem, parts._bn0, nn.ReLU6()),
+            blocks=nn.Sequential(*parts._blocks),
+            features=nn.Sequential(parts._conv_head, parts._bn1, nn.ReLU6()),
+            pool=parts._avg_pooling,
+            flatten=nn.Flatten(),
+            dropout=parts._dropout,
+            classifier=parts._fc,
+        )
+    )
 
 
 def weights_path() -> Path:

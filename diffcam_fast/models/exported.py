@@ -58,7 +58,7 @@ def load_exported(path: Path) -> ExportedModel:
         raise ValueError(f"there is no model file {path}")
     try:
         reason = next(_objections(path), None)
-    except Exception as error:  # a damaged archive fails in many ways, all of them before any use
+    except Exception as error:  # noqa: BLE001 - a damaged archive fails in many ways, all of them before any use
         raise ValueError(f"cannot read {path} as an exported program: {error!r}") from None
     if reason is not None:
         raise ValueError(
@@ -68,7 +68,7 @@ def load_exported(path: Path) -> ExportedModel:
     try:
         program = torch.export.load(path)
         model = torch.export.unflatten(program)
-    except Exception as error:  # PyTorch raises its own many types on programs it cannot take
+    except Exception as error:  # noqa: BLE001 - PyTorch raises its own many types on programs it cannot take
         first = str(error).strip().splitlines()[:1]
         raise ValueError(
             f"PyTorch {torch.__version__} cannot load the exported program {path}: {first}"

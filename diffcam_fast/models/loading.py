@@ -101,6 +101,7 @@ def _load_default(weights: Weights) -> LoadedModel:
     if weights != "random":
         path = weights or default.weights_path()
         model = load_weights(model, path, rebuild=default.build)
+    model = default.name_parts(model)
     return LoadedModel(model, default.PREPROCESS, _imagenet(_classes(model)), default.NAME)
 
 
@@ -238,7 +239,7 @@ def _check_name(spec: str, name: str, known: list[str]) -> None:
 def _download(spec: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the hubs' clients raise types of their own for every failure
+    except Exception as error:  # noqa: BLE001 - the hubs' clients raise types of their own for every failure
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"could not download the trained weights of {spec} ({first}); {_OFFLINE}"

@@ -31,7 +31,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"there is no weights file {path}")
     try:
         state = _read(path)
-    except Exception as error:  # every kind of damage raises its own type here
+    except Exception as error:  # noqa: BLE001 - every kind of damage raises its own type here
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"cannot read the weights file {path}: {first[:200]}. Expected .safetensors, or a file"
@@ -54,7 +54,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
     value = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(value, Mapping):
         raise ValueError(f"it holds a {type(value).__name__}, not a state dict")

@@ -1,0 +1,53 @@
+"""What a command says to people, all of it on standard error, so that output can be piped."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import click
+
+
+@dataclass(frozen=True)
+class Console:
+    """Messages and progress on standard error.
+
+    Attributes:
+        verbose: Also say why (``-v``).
+        bar: Show a progress bar where standard error is a terminal.
+    """
+
+    verbose: bool = False
+    bar: bool = True
+
+    def say(self, text: str) -> None:
+        """Writes a line, above the progress bar if there is one."""
+        if self._on_terminal():
+            from tqdm import tqdm
+
+            with tqdm.external_write_mode(file=sys.stderr):
+                click.echo(text, err=True)
+        else:
+            click.echo(text, err=True)
+
+    def why(self, text: str) -> None:
+        """Writes a line where the user asked for reasons."""
+        if self.verbose:
+            self.say(text)
+
+    @contextmanager
+    def progress(self, total: int) -> Iterator[Callable[[int], object]]:
+        """A bar of ``total`` images with their rate; silent where there is no terminal.
+
+        Yields:
+            A function to call with the number of images that are finished since the last call.
+        """
+        from tqdm import tqdm
+
+        hidden = not (self.bar and self._on_terminal())
+        with tqdm(total=total, unit="img", disable=hidden, file=sys.stderr) as bar:
+            yield bar.update
+
+    @staticmethod
+    def _on_terminal() -> bool:
+        return sys.stderr.isatty()

@@ -1,0 +1,240 @@
+"""``diffcam explain``: its options, its exit status, and what it prints."""
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from diffcam_fast.cli.console import Console
+
+if TYPE_CHECKING:
+    from diffcam_fast.cli.job import Job, Request
+    from diffcam_fast.cli.run import Summary
+
+SOME_FAILED, INTERRUPTED = 3, 130
+
+# Spelled out, because the engine that knows them takes seconds to import; a test compares.
+METHODS = ("diff_grad_cam", "grad_cam", "hires_cam")
+CONTRASTS = ("mean", "log_odds", "runner_up", "none")
+FORMATS = ("overlay", "heatmap", "npz", "jsonl", "parquet")
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, metavar="IMAGES...")
+@click.option(
+    "-m",
+    "--model",
+    help="torchvision:NAME, timm:NAME, MODEL.pt2, or package.module:factory."
+    "  [default: EfficientNet-Lite0]",
+)
+@click.option("--weights", metavar="FILE", help="Weights (.safetensors, .pth), or 'random'.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Output folder.  [default: beside a single image, else diffcam-out]",
+)
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(FORMATS),
+    multiple=True,
+    default=("overlay",),
+    show_default=True,
+    help="What to write; may be repeated.",
+)
+@click.option(
+    "--overlay",
+    type=click.Choice(("side", "blend")),
+    default="side",
+    show_default=True,
+    help="Heatmap beside the image, or blended into it.",
+)
+@click.option("--report", is_flag=True, help="Also write one HTML page that shows all images.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="Class to explain, by index or label; may be repeated.  [default: the predicted class]",
+)
+@click.option("--topk", type=click.IntRange(1), help="Explain the k most probable classes.")
+@click.option(
+    "--contrast",
+    type=click.Choice(CONTRASTS),
+    help="What the class is held against.  [default: what the method takes]",
+)
+@click.option("--temperature", type=float, help="Of the log_odds contrast.  [default: 1]")
+@click.option(
+    "--method", type=click.Choice(METHODS), default="diff_grad_cam", show_default=True, help="CAM."
+)
+@click.option("--layer", help="Target layer by its dotted name.  [default: found by running]")
+@click.option("--size", help="Input size of the network: 224, or HEIGHTxWIDTH.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images at once."
+)
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
+@click.option("--labels", type=_FILE, help="Class names: one a line, or JSON.")
+@click.option("--cmap", default="turbo", show_default=True, help="Colour map of matplotlib.")
+@click.option("--list", "text_list", type=_FILE, help="Text file with one image path a line.")
+@click.option("--resume", is_flag=True, help="Go on where an earlier run stopped.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")
+@click.option("-v", "--verbose", is_flag=True, help="Say why.")
+def explain(
+    inputs: tuple[str, ...],
+    model: str | None,
+    weights: str | None,
+    out: Path | None,
+    formats: tuple[str, ...],
+    overlay: Literal["side", "blend"],
+    report: bool,
+    targets: tuple[str, ...],
+    topk: int | None,
+    contrast: str | None,
+    temperature: float | None,
+    method: str,
+    layer: str | None,
+    size: str | None,
+    batch_size: int,
+    device: str | None,
+    labels: Path | None,
+    cmap: str,
+    text_list: Path | None,
+    resume: bool,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    r"""Explains images: for each, where the network looked for its top class.
+
+    IMAGES are files, folders (searched recursively), globs, or - for a list of paths on standard
+    input.
+
+    \b
+    Examples:
+      diffcam explain cat.jpg
+      diffcam explain photos/ -m torchvision:resnet50 --weights w.safetensors -o out/ --report
+    """
+    console = Console(verbose)
+    with stopping_on_signals():
+        try:
+            # Here, not above: PyTorch takes seconds to import, and --help needs none of it.
+            from diffcam_fast.cli.job import Request
+
+            request = Request(
+                inputs=inputs,
+                text_list=text_list,
+                model=model,
+                weights=weights,
+                out=out,
+                formats=formats,
+                overlay=overlay,
+                report=report,
+                targets=targets,
+                topk=topk,
+                contrast=contrast,
+                temperature=temperature,
+                method=method,
+                layer=layer,
+                size=size,
+                batch_size=batch_size,
+                device=device,
+                labels=labels,
+                cmap=cmap,
+                resume=resume,
+            )
+            job, summary, page = execute(request, console)
+        except KeyboardInterrupt:
+            console.say("stopped before the first image")
+            raise click.exceptions.Exit(INTERRUPTED) from None
+    _print(job, summary, page, as_json=as_json)
+    if summary.interrupted:
+        console.say(_how_to_resume(job, summary))
+        raise click.exceptions.Exit(INTERRUPTED)
+    if summary.failed:
+        raise click.exceptions.Exit(SOME_FAILED)
+
+
+def execute(request: "Request", console: Console) -> "tuple[Job, Summary, Path | None]":
+    """Runs a request from its options to its report.
+
+    Returns:
+        What was run, what came of it, and the report where one was asked for.
+
+    Raises:
+        click.UsageError: The request cannot be met.
+        click.ClickException: The run could not go on: no memory, no space, no permission.
+    """
+    from diffcam_fast.cli.job import prepare
+    from diffcam_fast.cli.run import OutOfMemory, ResumeError, is_out_of_memory, run
+    from diffcam_fast.cli.summary import write_run_report
+
+    try:
+        job = prepare(request, console)
+    except (ValueError, TypeError) as error:
+        raise click.UsageError(str(error)) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise click.ClickException("out of memory while loading the model") from error
+    try:
+        summary = run(job, console)
+        page = write_run_report(job, summary) if request.report else None
+    except ResumeError as error:
+        raise click.UsageError(str(error)) from error
+    except OutOfMemory as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(_cannot_write(error, job)) from error
+    return job, summary, page
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Makes SIGTERM end a run as Ctrl-C does, with whole files and an account of them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print(job: "Job", summary: "Summary", page: Path | None, *, as_json: bool) -> None:
+    from diffcam_fast.cli import summary as told
+
+    if as_json:
+        click.echo(json.dumps(told.as_json(job, summary, page), indent=2))
+    else:
+        for line in told.as_lines(job, summary, page):
+            click.echo(line)
+
+
+def _how_to_resume(job: "Job", summary: "Summary") -> str:
+    left = summary.found - len(summary.entries)
+    if not job.ledger:
+        return f"stopped with {left} images left"
+    return (
+        f"stopped with {left} of {summary.found} images left, all outputs so far are whole;"
+        " to go on, run the same command with --resume"
+    )
+
+
+def _cannot_write(error: OSError, job: "Job") -> str:
+    where = error.filename or job.out
+    if error.errno in (ENOSPC, EDQUOT):
+        advice = "; free some space and run the same command with --resume" if job.ledger else ""
+        return f"the disk is full, cannot write {where}{advice}"
+    return f"cannot write {where}: {error.strerror or error}"

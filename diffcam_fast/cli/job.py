@@ -1,0 +1,300 @@
+"""From the options of ``diffcam explain`` to everything that a run needs, checked."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from diffcam_fast.cli.console import Console
+from diffcam_fast.explainer import Explainer
+from diffcam_fast.images.inputs import SUFFIXES, Source, find_images
+from diffcam_fast.images.preprocess import Preprocess
+from diffcam_fast.models.labels import find_target, read_labels
+from diffcam_fast.models.loading import LoadedModel, Weights, load_model
+from diffcam_fast.outputs.writers import (
+    HeatmapWriter,
+    JsonlWriter,
+    NpzWriter,
+    OverlayWriter,
+    ParquetWriter,
+    Writer,
+)
+
+DEFAULT_OUT = Path("diffcam-out")
+# These formats write files of their own for each image, and so can stand beside it.
+_BESIDE = frozenset(("overlay", "heatmap", "npz"))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; the options of ``diffcam explain`` by their names.
+
+    Attributes:
+        inputs: Files, folders, globs, or ``-`` for a list on standard input.
+        text_list: A text file with one path a line.
+        model: As `diffcam_fast.models.load_model` takes it.
+        weights: A file, ``random``, or None.
+        out: Output folder; None: beside a single image, else ``diffcam-out``.
+        formats: Of ``overlay heatmap npz jsonl parquet``.
+        overlay: Whether overlays stand beside the image or are blended into it.
+        report: Write ``report.html``.
+        targets: Class indices or labels; none: the predicted class.
+        topk: Explain the k most probable classes instead.
+        size: Height and width of the network's input; None: the model's own.
+        labels: A file of class names in place of the model's.
+        resume: Go on where an earlier run into ``out`` stopped.
+    """
+
+    inputs: tuple[str, ...]
+    text_list: Path | None = None
+    model: str | None = None
+    weights: str | None = None
+    out: Path | None = None
+    formats: tuple[str, ...] = ("overlay",)
+    overlay: Literal["side", "blend"] = "side"
+    report: bool = False
+    targets: tuple[str, ...] = ()
+    topk: int | None = None
+    contrast: str | None = None
+    temperature: float | None = None
+    method: str = "diff_grad_cam"
+    layer: str | None = None
+    size: str | None = None
+    batch_size: int = 16
+    device: str | None = None
+    labels: Path | None = None
+    cmap: str = "turbo"
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run needs.
+
+    Attributes:
+        sources: The images.
+        out: Where outputs go.
+        ledger: Whether the run keeps account in ``out``; not so beside a single image.
+        loaded: The network, its preprocessing and its own class names.
+        explainer: Of that network.
+        labels: K class names, or None.
+        targets: Class indices to explain for every image; empty: the predicted class.
+        backend: What computes the maps.
+        writers: One for each format.
+        settings: What the results depend on, for the ledger.
+        device: Where the network is.
+    """
+
+    request: Request
+    sources: list[Source]
+    out: Path
+    ledger: bool
+    loaded: LoadedModel
+    explainer: Explainer
+    labels: tuple[str, ...] | None
+    targets: tuple[int, ...]
+    backend: str
+    writers: tuple[Writer, ...]
+    settings: dict[str, Any]
+    device: str
+
+
+def prepare(request: Request, console: Console) -> Job:
+    """Checks a request and loads what it names; writes nothing.
+
+    Raises:
+        ValueError: Anything in the request that cannot be done.
+        TypeError: The model is no image classifier.
+    """
+    _check(request)
+    beside = _stands_beside(request)
+    out = Path(request.inputs[0]).parent if beside else request.out or DEFAULT_OUT
+    sources = find_images(
+        request.inputs,
+        text_list=request.text_list,
+        stdin=sys.stdin if "-" in request.inputs else None,
+        exclude=None if beside else out,
+    )
+    if not sources:
+        raise ValueError("the list names no images")
+    # Before the model: a wrong colour map need not wait for it.
+    writers = tuple(_make_writer(name, out, request) for name in dict.fromkeys(request.formats))
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(request.model, weights=_weights(request.weights), device=device)
+    if request.size is not None:
+        loaded = _resized(loaded, _size(request.size))
+    explainer = make_explainer(
+        loaded,
+        layer=request.layer,
+        method=request.method,
+        contrast=request.contrast,
+        temperature=request.temperature,
+    )
+    height, width = loaded.preprocess.size
+    # One image tells the number of classes before any output is touched.
+    trial = explainer(torch.zeros(1, 3, height, width))
+    classes = trial.logits.shape[1]
+    labels = loaded.labels if request.labels is None else read_labels(request.labels)
+    if request.labels is not None and labels is not None and len(labels) != classes:
+        raise ValueError(f"{request.labels} names {len(labels)} classes, the model has {classes}")
+    if request.topk is not None and request.topk > classes:
+        raise ValueError(f"--topk is {request.topk}, but the model has {classes} classes")
+    targets = tuple(find_target(text, labels, classes=classes) for text in request.targets)
+    _explain_choices(loaded, explainer, trial.backend, console)
+    return Job(
+        request=request,
+        sources=sources,
+        out=out,
+        ledger=not beside,
+        loaded=loaded,
+        explainer=explainer,
+        labels=labels,
+        targets=tuple(dict.fromkeys(targets)),
+        backend=trial.backend,
+        writers=writers,
+        settings=_settings(request, targets, explainer.layer, trial.contrast, loaded.preprocess),
+        device=device,
+    )
+
+
+def make_explainer(
+    loaded: LoadedModel,
+    *,
+    layer: str | None = None,
+    method: str = "diff_grad_cam",
+    contrast: str | None = None,
+    temperature: float | None = None,
+) -> Explainer:
+    """The explainer of a loaded model at the size of its preprocessing.
+
+    Raises:
+        ValueError: No layer fits, or settings exclude each other; or an exported program takes
+            one batch size only.
+    """
+    if loaded.batch is not None:
+        raise ValueError(
+            f"{loaded.name} was exported for batches of {loaded.batch} alone; export it with a"
+            " dynamic batch: torch.export.export(model, (images,),"
+            ' dynamic_shapes=({0: torch.export.Dim("batch")},))'
+        )
+    generator = torch.Generator().manual_seed(0)
+    return Explainer(
+        loaded.model,
+        layer=layer,
+        method=method,
+        contrast=contrast,
+        temperature=temperature,
+        example_inputs=torch.randn(2, 3, *loaded.preprocess.size, generator=generator),
+    )
+
+
+def _check(request: Request) -> None:
+    if not request.inputs and request.text_list is None:
+        raise ValueError("no images were given; name files, folders or globs, or use --list FILE")
+    if request.targets and request.topk is not None:
+        raise ValueError("--target and --topk exclude each other")
+    if request.out is not None and request.out.suffix.lower() in SUFFIXES:
+        raise ValueError(f"-o names a folder, got {request.out}; files are named after the images")
+    if request.out is not None and request.out.exists() and not request.out.is_dir():
+        raise ValueError(f"-o names a folder, but {request.out} is a file")
+
+
+def _stands_beside(request: Request) -> bool:
+    return (
+        request.out is None
+        and request.text_list is None
+        and not (request.report or request.resume)
+        and _BESIDE.issuperset(request.formats)
+        and len(request.inputs) == 1
+        and Path(request.inputs[0]).is_file()
+    )
+
+
+def _make_writer(name: str, out: Path, request: Request) -> Writer:
+    if name == "overlay":
+        return OverlayWriter(out, mode=request.overlay, cmap=request.cmap)
+    makers: dict[str, Callable[[Path], Writer]] = {
+        "heatmap": HeatmapWriter,
+        "npz": NpzWriter,
+        "jsonl": JsonlWriter,
+        "parquet": ParquetWriter,
+    }
+    if name not in makers:
+        raise ValueError(f"unknown format {name!r}; known are overlay, {', '.join(makers)}")
+    return makers[name](out)
+
+
+def _weights(text: str | None) -> Weights:
+    if text is None:
+        return None
+    return "random" if text == "random" else Path(text)
+
+
+def _resized(loaded: LoadedModel, size: tuple[int, int]) -> LoadedModel:
+    return LoadedModel(
+        model=loaded.model,
+        preprocess=loaded.preprocess.with_size(size),
+        labels=loaded.labels,
+        name=loaded.name,
+        batch=loaded.batch,
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise ValueError(f"--size is {text!r}; give a side such as 224, or HEIGHTxWIDTH")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _settings(
+    request: Request,
+    targets: Sequence[int],
+    layer: str,
+    contrast: str,
+    preprocess: Preprocess,
+) -> dict[str, Any]:
+    """What the outputs depend on; a resumed run must have the same."""
+    return {
+        "model": request.model or "default",
+        "model file": _digest(request.model),
+        "weights": _digest(request.weights) or request.weights,
+        "labels": _digest(str(request.labels)) if request.labels is not None else None,
+        "layer": layer,
+        "method": request.method,
+        "contrast": contrast,
+        "temperature": None if request.temperature is None else str(request.temperature),
+        "size": list(preprocess.size),
+        "targets": list(targets),
+        "topk": request.topk,
+        "formats": sorted(set(request.formats)),
+        "overlay": request.overlay if "overlay" in request.formats else None,
+        "cmap": request.cmap,
+        "report": request.report,
+    }
+
+
+def _digest(name: str | None) -> str | None:
+    """A file by name and content: weights trained on under the same name are other weights."""
+    if name is None or not Path(name).is_file():
+        return None
+    with open(name, "rb") as file:
+        return f"{Path(name).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
+def _explain_choices(
+    loaded: LoadedModel, explainer: Explainer, backend: str, console: Console
+) -> None:
+    found = explainer.inspect()
+    preprocess = loaded.preprocess
+    console.why(f"model: {loaded.name}, {preprocess.size[0]} x {preprocess.size[1]} pixels")
+    console.why(f"layer: {found.layer} {found.shape}")
+    console.why(f"head: {found.head}")
+    how = "closed form" if found.closed_form else "backward of the head"
+    console.why(f"gradient: {how}, because {found.reason}")
+    console.why(f"backend: {backend}")

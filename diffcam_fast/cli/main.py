@@ -1,0 +1,21 @@
+"""``diffcam``: the group of commands."""
+
+import click
+
+from diffcam_fast import __version__
+from diffcam_fast.cli.explain import explain
+from diffcam_fast.cli.inspect import inspect
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name="diffcam")
+def main() -> None:
+    """Shows where an image classifier looked, for every prediction.
+
+    Exit status: 0 all is well, 1 the run could not go on, 2 wrong usage, 3 some images failed,
+    130 stopped by Ctrl-C.
+    """
+
+
+main.add_command(explain)
+main.add_command(inspect)

@@ -1,0 +1,285 @@
+"""The loop behind ``diffcam explain``: decode, explain, write, account; image by image safe."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from os import cpu_count
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffcam_fast.cli.console import Console
+from diffcam_fast.cli.job import Job
+from diffcam_fast.cli.report_parts import ReportParts
+from diffcam_fast.explanation import Explanation
+from diffcam_fast.images.inputs import Source
+from diffcam_fast.images.read import ImageError, read_image
+from diffcam_fast.models.labels import label_of
+from diffcam_fast.outputs.ledger import Entry, Ledger
+from diffcam_fast.outputs.writers import JsonlWriter, ParquetWriter, Record, files_of
+
+# Pictures larger than this take longer to compress than the network takes to look at them.
+MAX_VIEW = 1024
+_WORKERS = min(8, cpu_count() or 1)
+
+
+class OutOfMemory(RuntimeError):
+    """Not even one image fits into memory."""
+
+
+class ResumeError(ValueError):
+    """The output folder does not allow this run."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image on its way into a batch: (3, H, W) for the network, a picture for people."""
+
+    source: Source
+    pixels: Tensor
+    view: Image.Image
+
+
+@dataclass
+class Summary:
+    """What came of a run.
+
+    Attributes:
+        entries: Every image that is finished, those of an earlier run included.
+        resumed: How many of them an earlier run had finished.
+        found: How many images there were to explain.
+        batch_size: At the end, after any lack of memory.
+        seconds: Of the loop, without loading.
+        interrupted: Whether it was stopped before its end.
+    """
+
+    found: int
+    resumed: int = 0
+    entries: list[Entry] = field(default_factory=list)
+    batch_size: int = 1
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def done(self) -> list[Entry]:
+        """The images that were explained."""
+        return [entry for entry in self.entries if entry.status == "done"]
+
+    @property
+    def failed(self) -> list[Entry]:
+        """The images that were not, each with its reason."""
+        return [entry for entry in self.entries if entry.status == "failed"]
+
+    @property
+    def rate(self) -> float:
+        """Images per second of this run."""
+        return (len(self.entries) - self.resumed) / max(self.seconds, 1e-9)
+
+
+def run(job: Job, console: Console) -> Summary:
+    """Explains the images of a job.
+
+    An image that cannot be read is reported and counted, and stops nothing. Ctrl-C ends the run
+    with whole files and returns what was finished.
+
+    Raises:
+        ResumeError: The run cannot be resumed, or another one is writing to the folder.
+        OutOfMemory: Not even one image fits into memory.
+        OSError: An output cannot be written, for example because the disk is full.
+    """
+    summary = Summary(found=len(job.sources), batch_size=job.request.batch_size)
+    with ExitStack() as stack:
+        ledger = None
+        pending = job.sources
+        if job.ledger:
+            ledger = stack.enter_context(_open_ledger(job))
+            pending = ledger.pending(job.sources)
+            wanted = {str(source.path) for source in job.sources}
+            summary.entries = [entry for entry in ledger.entries if entry.path in wanted]
+            summary.resumed = len(summary.entries)
+        for writer in job.writers:
+            stack.callback(writer.close)
+        pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="diffcam")
+        stack.callback(pool.shutdown, cancel_futures=True)
+        advance = stack.enter_context(console.progress(len(pending)))
+        parts = ReportParts(job.out) if job.request.report else None
+        loop = _Loop(job, console, summary, ledger, pool, parts, advance)
+        start = time.perf_counter()
+        try:
+            loop.run(pending)
+        except KeyboardInterrupt:
+            summary.interrupted = True
+        finally:
+            summary.seconds = time.perf_counter() - start
+    return summary
+
+
+def _open_ledger(job: Job) -> Ledger:
+    """The account of the run, with the outputs brought to the state that it tells of."""
+    try:
+        ledger = Ledger(job.out, job.settings, resume=job.request.resume)
+    except ValueError as error:
+        raise ResumeError(str(error)) from error
+    try:
+        ledger.pending(job.sources)
+        for writer in job.writers:
+            writer.restore(ledger.done)
+    except ValueError as error:
+        ledger.close()
+        raise ResumeError(str(error)) from error
+    return ledger
+
+
+@dataclass
+class _Loop:
+    job: Job
+    console: Console
+    summary: Summary
+    ledger: Ledger | None
+    pool: ThreadPoolExecutor
+    parts: ReportParts | None
+    advance: Callable[[int], object]
+
+    def run(self, pending: Sequence[Source]) -> None:
+        batch: list[Decoded] = []
+        for item in self._decoded(pending):
+            if isinstance(item, Entry):
+                self.console.say(f"{item.path}: {item.reason}")
+                self._account([item])
+                continue
+            batch.append(item)
+            if len(batch) >= self.summary.batch_size:
+                self._finish(batch)
+                batch = []
+        self._finish(batch)
+
+    def _decoded(self, pending: Sequence[Source]) -> Iterator[Decoded | Entry]:
+        """Decodes ahead of the network, in order, and never more than two batches."""
+        waiting: deque[tuple[Source, Future[Decoded]]] = deque()
+        ahead = 2 * self.job.request.batch_size + _WORKERS
+        for source in pending:
+            waiting.append((source, self.pool.submit(self._decode, source)))
+            if len(waiting) > ahead:
+                yield self._result(*waiting.popleft())
+        while waiting:
+            yield self._result(*waiting.popleft())
+
+    def _decode(self, source: Source) -> Decoded:
+        image = read_image(source.path)
+        preprocess = self.job.loaded.preprocess
+        return Decoded(source, preprocess(image), preprocess.view(image, MAX_VIEW))
+
+    @staticmethod
+    def _result(source: Source, future: "Future[Decoded]") -> Decoded | Entry:
+        try:
+            return future.result()
+        except ImageError as error:
+            reason = str(error)
+        except MemoryError:
+            reason = "not enough memory to prepare it"
+        return Entry(str(source.path), "failed", name=source.name, reason=reason)
+
+    def _finish(self, batch: list[Decoded]) -> None:
+        start = 0
+        while start < len(batch):
+            chunk = batch[start : start + self.summary.batch_size]
+            result = self._explain(chunk)
+            if result is not None:
+                self._write(chunk, result)
+                start += len(chunk)
+
+    def _explain(self, chunk: Sequence[Decoded]) -> Explanation | None:
+        """Explains a chunk; None where it did not fit and the batch size was halved."""
+        try:
+            pixels = torch.stack([item.pixels for item in chunk])
+            targets = [self.job.targets] * len(chunk) if self.job.targets else None
+            return self.job.explainer(pixels, targets, topk=self.job.request.topk)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = len(chunk)
+            message = str(error)
+        # Outside of the handler, whose traceback holds on to the tensors that were too large.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise OutOfMemory(
+                "out of memory with a single image; try a smaller --size or another --device"
+            )
+        self.summary.batch_size = (size + 1) // 2
+        self.console.say(f"out of memory: batch size {size} -> {self.summary.batch_size}")
+        self.console.why(f"  {message.splitlines()[0] if message else 'MemoryError'}")
+        return None
+
+    def _write(self, chunk: Sequence[Decoded], result: Explanation) -> None:
+        records = list(_records(chunk, result, self.job.labels))
+        tops = _tops(result, self.job.labels)
+        # Tables take batches, one at a time; pictures and archives are each on their own.
+        tables = [w for w in self.job.writers if isinstance(w, JsonlWriter | ParquetWriter)]
+        others = [w for w in self.job.writers if w not in tables]
+
+        def write_one(record: Record, top: list[tuple[str, float]]) -> list[str]:
+            files = files_of(others, [record])[0]
+            if self.parts is not None:
+                self.parts.write(record, top, files=files, cmap=self.job.request.cmap)
+            return files
+
+        files = list(self.pool.map(write_one, records, tops))
+        for own, more in zip(files, files_of(tables, records), strict=True):
+            own.extend(more)
+        self._account([r.entry(names) for r, names in zip(records, files, strict=True)])
+
+    def _account(self, entries: list[Entry]) -> None:
+        if self.ledger is not None:
+            self.ledger.append(entries)
+        self.summary.entries.extend(entries)
+        self.advance(len(entries))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # PyTorch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _records(
+    chunk: Sequence[Decoded], result: Explanation, labels: Sequence[str] | None
+) -> Iterator[Record]:
+    probabilities = result.probabilities.gather(1, result.targets).cpu().tolist()
+    rows = zip(
+        chunk,
+        result.targets.cpu().tolist(),
+        probabilities,
+        result.scores.cpu().tolist(),
+        result.maps.cpu().numpy(),
+        result.finite.cpu().tolist(),
+        strict=True,
+    )
+    for item, targets, chances, scores, maps, finite in rows:
+        yield Record(
+            source=item.source,
+            targets=targets,
+            labels=[label_of(target, labels) for target in targets],
+            probabilities=chances,
+            scores=scores,
+            maps=maps,
+            heatmaps=None,
+            view=item.view,
+            finite=finite,
+        )
+
+
+def _tops(result: Explanation, labels: Sequence[str] | None) -> list[list[tuple[str, float]]]:
+    """For each image its five most probable classes, best first."""
+    count = min(5, result.logits.shape[1])
+    best = result.probabilities.topk(count, dim=1)
+    return [
+        [(label_of(index, labels), value) for index, value in zip(row, values, strict=True)]
+        for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
