@@ -1,5 +1,5 @@
-"""Benchmarks of diffcam-fast, run by `diffcam bench`: what it costs, against whom, and which networks it explains.
+"""Benchmarks of diffcam-fast, run by `diffcam bench`: cost, peers, and networks that it explains.
 
-A benchmark prints no speed before its parity gate has passed in the same run, and every row that it writes carries the
-machine, the versions and the commit.
+No speed is printed before a parity gate has passed in the same run, and every row that is written
+carries the machine, the versions and the commit.
 """

@@ -1,7 +1,8 @@
-"""`diffcam bench families`: one network of each family, our float32 maps against float64 autograd on the whole network.
+"""`diffcam bench families`: our float32 maps against float64 autograd, on a network of each family.
 
-The oracle shares no code with the engine but the name of the layer: a float64 copy of the network, all of it recorded
-by autograd, and the contrast and the reduction written out from their definitions.
+The oracle shares no code with the engine but the name of the layer: a float64 copy of the network,
+all of it recorded by autograd, and the contrast and the reduction written out from their
+definitions.
 """
 
 import copy
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffcam_fast import Explainer
-from diffcam_fast.analysis import Inspection
 from torch import Tensor, nn
 
 from diffcam_bench.rows import provenance, read_rows, write_rows
 from diffcam_bench.zoo import Network, build, size_of, smallest_of_each_family
+from diffcam_fast import Explainer
+from diffcam_fast.analysis import Inspection
 
 # N = 2 images with T = 2 targets each.
 TARGETS = ((1, 7), (3, 2))
@@ -40,7 +41,7 @@ class Result:
         shape: of its activation, `C x h x w`.
         head: `closed form` or `backward`.
         error: max|M - M64| / max|M64| over all maps, M signed.
-        eager_error: the same of float32 autograd on the whole network, which the network's own conditioning sets.
+        eager_error: the same of float32 autograd on the whole network; its conditioning sets this.
         reason: why the head is what it is, or why the network is not supported.
         seconds: of all of it.
     """
@@ -60,7 +61,7 @@ class Result:
 
 
 def check(name: str, *, size: tuple[int, int] | None = None) -> Result:
-    """Explains a network with random weights and compares with float64 autograd; an error becomes the reason."""
+    """Explains a network of random weights, and compares; an error becomes the reason."""
     start = time.perf_counter()
     model = build(name)
     height, width = size or size_of(name, model)
@@ -89,9 +90,12 @@ def _compare(model: nn.Module, size: tuple[int, int], result: Result) -> Result:
     exact = autograd_maps(copy.deepcopy(model).double(), images.double(), targets, found)
     error = relative_error(maps, exact)
     if error != error:
-        return replace(result, reason="the network's own float64 maps are zero or not finite; nothing to compare")
+        return replace(result, reason="its own float64 maps are zero or not finite")
     return replace(
-        result, supported="yes", error=f"{error:.1e}", eager_error=f"{relative_error(eager, exact):.1e}"
+        result,
+        supported="yes",
+        error=f"{error:.1e}",
+        eager_error=f"{relative_error(eager, exact):.1e}",
     )
 
 
@@ -101,7 +105,7 @@ def relative_error(maps: Tensor, exact: Tensor) -> float:
 
 
 def autograd_maps(model: nn.Module, images: Tensor, targets: Tensor, found: Inspection) -> Tensor:
-    """Signed DiffGradCAM maps (N, T, h, w) under the log-odds contrast, by autograd through the whole network.
+    """Signed DiffGradCAM maps (N, T, h, w) under the log-odds contrast, by autograd.
 
     Args:
         model: in evaluation mode, in the dtype of the images.
@@ -130,7 +134,9 @@ def autograd_maps(model: nn.Module, images: Tensor, targets: Tensor, found: Insp
     for column in targets.T:
         score = _log_odds(logits, column).sum()
         [gradient] = torch.autograd.grad(score, activation, retain_graph=True)
-        gradient, detached = (t.movedim(found.channel_axis, 1) for t in (gradient, activation.detach()))
+        gradient, detached = (
+            t.movedim(found.channel_axis, 1) for t in (gradient, activation.detach())
+        )
         maps.append((gradient.mean(dim=(2, 3), keepdim=True) * detached).sum(dim=1))
     return torch.stack(maps, dim=1)
 
@@ -147,13 +153,19 @@ def _first_sentence(text: str) -> str:
 
 
 def sweep(
-    networks: Sequence[Network], path: Path | None, *, threads: int, limit_s: float, memory_gib: float
+    networks: Sequence[Network],
+    path: Path | None,
+    *,
+    threads: int,
+    limit_s: float,
+    memory_gib: float,
 ) -> Iterator[Result]:
     """Checks networks one by one in a process of their own, each bounded in time and memory.
 
     Args:
         networks: what to check.
-        path: CSV file; it is written after each network, and networks in it are not checked again. None: no file.
+        path: CSV file, written after each network; networks in it are not checked again. None: no
+            file.
         threads: of torch.
         limit_s: seconds for one network.
         memory_gib: memory for the process.
@@ -161,18 +173,25 @@ def sweep(
     Yields:
         A result for each network that was checked now.
     """
-    rows: dict[str, dict[str, object]] = {row["model"]: dict(row) for row in (read_rows(path) if path else [])}
+    rows: dict[str, dict[str, object]] = {
+        row["model"]: dict(row) for row in (read_rows(path) if path else [])
+    }
     source = provenance("torchvision", "timm", threads=threads)
     with _Worker(threads, memory_gib) as worker:
         for network in networks:
             if network.name in rows:
                 continue
             result = replace(
-                worker.check(network, limit_s), family=network.family, parameters=f"{network.parameters / 1e6:.2f}"
+                worker.check(network, limit_s),
+                family=network.family,
+                parameters=f"{network.parameters / 1e6:.2f}",
             )
             rows[network.name] = {**asdict(result), **source}
             if path is not None:
-                write_rows(path, sorted(rows.values(), key=lambda row: (str(row["family"]), str(row["model"]))))
+                write_rows(
+                    path,
+                    sorted(rows.values(), key=lambda row: (str(row["family"]), str(row["model"]))),
+                )
             yield result
 
 
@@ -196,12 +215,18 @@ class _Worker:
         pipe.send(network.name)
         if not pipe.poll(limit_s):
             self._stop()
-            return replace(failed, reason=f"not checked: it takes more than {limit_s:g} s", seconds=f"{limit_s:.0f}")
+            return replace(
+                failed,
+                reason=f"not checked: it takes more than {limit_s:g} s",
+                seconds=f"{limit_s:.0f}",
+            )
         try:
             result: Result = pipe.recv()
         except EOFError:
             self._stop()
-            return replace(failed, reason=f"not checked: it takes more than {self._settings[1]:g} GiB")
+            return replace(
+                failed, reason=f"not checked: it takes more than {self._settings[1]:g} GiB"
+            )
         return result
 
     def _start(self) -> "Connection[Any, Any]":
@@ -223,7 +248,7 @@ class _Worker:
 
 def _serve(pipe: "Connection[Any, Any]", threads: int, memory_gib: float) -> None:
     torch.set_num_threads(threads)
-    # Data is what torch allocates; the address space also counts libraries that are mapped and never touched.
+    # The address space would also count libraries that are mapped and never touched.
     limit = int(memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     pipe.send("ready")
@@ -231,7 +256,9 @@ def _serve(pipe: "Connection[Any, Any]", threads: int, memory_gib: float) -> Non
         pipe.send(check(pipe.recv()))
 
 
-def pending(chosen: str | None, progress: Callable[[int], object] = lambda done: None) -> list[Network]:
-    """The smallest network of each family, those alone whose name or family holds `chosen`."""
+def chosen(
+    text: str | None, progress: Callable[[int], object] = lambda done: None
+) -> list[Network]:
+    """The smallest network of each family; only those whose name or family holds `text`."""
     networks = smallest_of_each_family(progress)
-    return [n for n in networks if chosen is None or chosen in n.name or chosen in n.family]
+    return [n for n in networks if text is None or text in n.name or text in n.family]

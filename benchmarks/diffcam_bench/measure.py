@@ -1,4 +1,4 @@
-"""Timing: candidates alternate in one run, and each round gives a ratio to the baseline of the same round."""
+"""Timing: candidates alternate, and each round gives a ratio to the baseline of its own."""
 
 import gc
 import time
@@ -61,14 +61,17 @@ def alternate(
         raise ValueError(f"the baseline {baseline!r} is none of {', '.join(cases)}")
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(-warmup, rounds):
-        names = list(cases) if number % 2 == 0 else list(reversed(cases))
+        names = list(cases) if number % 2 == 0 else list(cases)[::-1]
         for name in names:
             elapsed = _seconds(cases[name])
             if number >= 0:
                 seconds[name].append(elapsed)
         if number >= 0:
             progress(number + 1)
-    return [_summary(name, np.array(taken), np.array(seconds[baseline])) for name, taken in seconds.items()]
+    return [
+        _summary(name, np.array(taken), np.array(seconds[baseline]))
+        for name, taken in seconds.items()
+    ]
 
 
 def _seconds(case: Callable[[], object]) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import click
+
 from diffcam_fast.outputs.atomic import atomic_write
 
 Row = Mapping[str, object]
@@ -22,7 +23,7 @@ _HERE = Path(__file__).resolve().parent
 
 
 def results_folder() -> Path:
-    """`benchmarks/results` of the checkout this package runs from, or of the current directory where it is installed."""
+    """`benchmarks/results` of this checkout, or of the current folder once installed."""
     root = _HERE.parent if _HERE.parent.name == "benchmarks" else Path.cwd() / "benchmarks"
     return root / "results"
 
@@ -31,7 +32,7 @@ def provenance(*packages: str, threads: int) -> dict[str, object]:
     """Columns that say where a row comes from: machine, cpus, threads, versions, commit, date.
 
     Args:
-        packages: distributions beside torch whose versions matter; a missing one gives an empty column.
+        packages: distributions beside torch whose versions matter; empty where one is missing.
         threads: the threads that torch was given.
     """
     versions = {name: _version(name) for name in ("torch", *packages)}
@@ -59,7 +60,7 @@ def machine() -> str:
 
 @cache
 def commit() -> str:
-    """Short hash of the checkout, with a plus where tracked code differs from it; the version where there is no git."""
+    """Short hash, with a plus where tracked code differs; the version where there is no git."""
     try:
         return _git("rev-parse", "--short=10", "HEAD") + ("+" if _changed() else "")
     except (OSError, subprocess.CalledProcessError):
@@ -68,11 +69,15 @@ def commit() -> str:
 
 def _changed() -> bool:
     # Results do not change what is measured, and a sweep writes them as it goes.
-    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results"))
+    return bool(
+        _git("status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)benchmarks/results")
+    )
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=_HERE, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", *arguments], cwd=_HERE, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 

@@ -17,7 +17,8 @@ class Network:
 
     Attributes:
         name: `timm:NAME` or `torchvision:NAME`.
-        family: its library and module, with the stem of its name where a module holds several: `timm/resnet/seresnet`.
+        family: its library and module, with the stem of its name where a timm module holds
+            several: `timm/resnet/seresnet`.
         size: (H, W) in pixels, its own input size.
         parameters: their number.
     """
@@ -52,7 +53,8 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
-            mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+            mean = getattr(module, "running_mean", None)
+            variance = getattr(module, "running_var", None)
             if isinstance(mean, Tensor) and isinstance(variance, Tensor):
                 mean.normal_(0, 0.1, generator=generator)
                 variance.uniform_(0.8, 1.2, generator=generator)
@@ -63,7 +65,7 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
 
 
 def size_of(name: str, model: nn.Module) -> tuple[int, int]:
-    """The input size (H, W) of a network: what timm's configuration says, what torchvision trained it at."""
+    """The input size (H, W): what timm's configuration says, what torchvision trained it at."""
     if name.startswith("timm:"):
         config = getattr(model, "pretrained_cfg", None) or {}
         _, height, width = config.get("input_size", (3, 224, 224))
@@ -113,9 +115,7 @@ def _construct(name: str) -> nn.Module:
     if library == "timm":
         built = optional("timm").create_model(model, pretrained=False)
     elif library == "torchvision":
-        # GoogLeNet and Inception draw their weights slowly unless told not to.
-        options = {"init_weights": True, "aux_logits": True} if model in ("googlenet", "inception_v3") else {}
-        built = optional("torchvision.models").get_model(model, weights=None, **options)
+        built = optional("torchvision.models").get_model(model, weights=None)
     else:
         raise ValueError(f"a network is timm:NAME or torchvision:NAME, got {name!r}")
     assert isinstance(built, nn.Module)
