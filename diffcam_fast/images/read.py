@@ -142,8 +142,9 @@ def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    # A damaged EXIF block says nothing against the pixels; every viewer shows such a file.
-    except Exception:
+    # A damaged EXIF block says nothing against the pixels; every viewer shows such a file. What
+    # Pillow raises on one is as varied as the damage.
+    except Exception:  # noqa: BLE001
         return image
 
 
