@@ -88,7 +88,7 @@ class Explainer:
             raise ValueError(f"{method} is defined by its contrast; without one it is grad_cam")
         self._relu = relu
         self._lock = threading.Lock()
-        self._inspections: dict[tuple[tuple[int, int], int | None], Inspection] = {}
+        self._inspections: dict[tuple[int, ...], Inspection] = {}
         self._layer = _dotted_name(self._model, layer)
         self._found_at: Inspection | None = None
         self._why_not: str = ""
@@ -233,23 +233,20 @@ class Explainer:
         return images if first is None else images.to(device=first.device, dtype=first.dtype)
 
     def _inspect(
-        self, size: tuple[int, int], *, channels: int | None = None, examples: Tensor | None = None
+        self, size: tuple[int, int], *, channels: int, examples: Tensor | None = None
     ) -> Inspection:
-        """The analysis at this input size; an average pool of fixed size is global at one size
-        only.
+        """The analysis at this input size: a pooling window of fixed size is global at one only.
 
-        It runs on random images: what a caller's images hold, NaN say, must not decide how they are
-            explained.
+        It runs on random images: what a caller's images hold, NaN say, must not decide how they
+        are explained.
         """
         with self._lock:
-            found = self._inspections.get((size, channels))
+            found = self._inspections.get((channels, *size))
             if found is None:
                 if examples is None:
                     examples = example_images(self._model, size, channels=channels)
                 found = analyse(self._model, examples, layer=self._layer)
-                self._inspections[size, channels] = self._inspections[size, examples.shape[1]] = (
-                    found
-                )
+                self._inspections[channels, *size] = found
                 self._adopt(found, size)
         return found
 
@@ -266,9 +263,9 @@ class Explainer:
 
     def _inspect_usual_sizes(self) -> None:
         refused: list[str] = []
-        for size in _own_sizes(self._model) or [(s, s) for s in _USUAL_SIZES]:
+        for channels, *size in _own_sizes(self._model) or _usual_sizes(self._model):
             try:
-                self._inspect(size)
+                self._inspect((size[0], size[1]), channels=channels)
                 return
             except (AnalysisError, OutputError):
                 raise
@@ -289,11 +286,20 @@ def _dotted_name(model: nn.Module, layer: str | nn.Module | None) -> str | None:
     return name
 
 
-def _own_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """The input size that a timm model carries."""
+def _usual_sizes(model: nn.Module) -> list[tuple[int, int, int]]:
+    """(C, H, W) with the channels of the first convolution, and with 3: it may see patches."""
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = [3] if convolution is None else list(dict.fromkeys([convolution.in_channels, 3]))
+    return [(c, size, size) for size in _USUAL_SIZES for c in channels]
+
+
+def _own_sizes(model: nn.Module) -> list[tuple[int, int, int]]:
+    """The input size (C, H, W) that a timm model carries."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else None
-    return [(int(size[1]), int(size[2]))] if size is not None and len(size) == 3 else []
+    return (
+        [(int(size[0]), int(size[1]), int(size[2]))] if size is not None and len(size) == 3 else []
+    )
 
 
 def _size(images: Tensor) -> tuple[int, int]:

@@ -206,3 +206,27 @@ def test_every_value_of_a_trace_is_made_before_it_is_read() -> None:
     assert all(parent < node.index for node in flow.nodes.values() for parent in node.parents)
     assert flow.calls["relu"] == 2
     assert flow.classes == 3
+
+
+def test_images_need_not_have_the_channels_of_the_first_convolution() -> None:
+    model = nn.Sequential(
+        nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3), nn.ReLU(), pooled(3, 4)[1], nn.Linear(4, 3)
+    )
+    assert Explainer(model.eval()).layer == "2"
+
+
+def test_tokens_are_not_explained_at_their_embedding() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 8, 4, 4)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.blocks, self.head = nn.TransformerEncoder(layer, 4), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.blocks(self.embed(x).flatten(2).mT).mean(dim=1))
+            return logits
+
+    with pytest.raises(AnalysisError, match="embed .*most of the network lies behind it"):
+        Explainer(Tokens().eval())
+    assert Explainer(Tokens().eval(), layer="embed").layer == "embed"

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from diffcam_fast.analysis.head import Head, read_head
 from diffcam_fast.analysis.trace import Node, Trace, trace
 
+# Linear maps and convolutions: three in VGG's head, four in attention pooling.
+_LARGEST_HEAD = 8
+
 
 class AnalysisError(ValueError):
     """No layer of the model can be explained, or not the one that was asked for; the message lists
@@ -137,11 +140,15 @@ def _candidates(flow: Trace) -> tuple[Candidate, ...]:
             continue
         note = ""
         # Past a bottleneck every later operator belongs to the head.
-        if not any(index > node.index for index in mixing):
+        behind = sum(index > node.index for index in mixing)
+        if not behind:
             note = "no weights between it and the logits: it is a map of class scores"
         elif _averages(node):
             note = "an average of an earlier activation"
-        name = min(once, key=lambda name: (name.count("."), -once.index(name)))
+        elif behind > max(_LARGEST_HEAD, len(mixing) - behind):
+            note = "most of the network lies behind it, on tokens without a grid"
+        # The outermost of the modules that return this value, and the first of its equals.
+        name = min(once, key=lambda name: name.count("."))
         found.append(Candidate(name, (node.channels, *node.grid), note))
     return tuple(found)
 
@@ -157,24 +164,20 @@ def _averages(node: Node) -> bool:
 def _listing(candidates: tuple[Candidate, ...]) -> str:
     if not candidates:
         return "The model has no candidates."
-    shown = ", ".join(f"{c.name} {c.shape}" for c in candidates[:8])
+    shown = ", ".join(
+        f"{c.name} {c.shape}{f' ({c.note})' if c.note else ''}" for c in candidates[:8]
+    )
     return f"Candidates: {shown}{' ...' if len(candidates) > 8 else ''}"
 
 
-def example_images(
-    model: nn.Module, size: tuple[int, int], *, channels: int | None = None
-) -> Tensor:
-    """Two random images (2, C, H, W) that the model could take, on the device and in the dtype of
-    its weights.
+def example_images(model: nn.Module, size: tuple[int, int], *, channels: int = 3) -> Tensor:
+    """Two random images (2, C, H, W), on the device and in the dtype of the model's weights.
 
     Args:
         model: an image classifier.
         size: (H, W) in pixels.
-        channels: C; None: what its first convolution takes, or 3.
+        channels: C.
     """
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if channels is None:
-        channels = convolution.in_channels if convolution is not None else 3
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     images = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
     return images.to(device=weight.device, dtype=weight.dtype)
