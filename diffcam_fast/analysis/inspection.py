@@ -146,7 +146,7 @@ def _candidates(flow: Trace) -> tuple[Candidate, ...]:
         elif _averages(node):
             note = "an average of an earlier activation"
         elif behind > max(_LARGEST_HEAD, len(mixing) - behind):
-            note = "most of the network lies behind it, on tokens without a grid"
+            note = "most of the network lies behind it"
         # The outermost of the modules that return this value, and the first of its equals.
         name = min(once, key=lambda name: name.count("."))
         found.append(Candidate(name, (node.channels, *node.grid), note))
