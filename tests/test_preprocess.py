@@ -26,7 +26,9 @@ def position(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("image_size", SIZES)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (232, 224), (97, 64), (64, 64), (75, 63)])
+@pytest.mark.parametrize(
+    ("resize", "crop"), [(256, 224), (232, 224), (97, 64), (64, 64), (75, 63), (93, 64)]
+)
 def test_agrees_with_torchvision(image_size, interpolation, resize, crop):
     transforms = pytest.importorskip("torchvision.transforms")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
