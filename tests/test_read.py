@@ -413,6 +413,12 @@ def test_webp_canvas_bomb(tmp_path):
     assert refusal(tmp_path / "bomb.webp").startswith(("too large", "damaged WEBP image"))
 
 
+def test_a_kind_that_no_decoder_knows_is_not_called_damaged(tmp_path):
+    samples = blocks(COLOURS / 255.0)
+    (tmp_path / "a.tiff").write_bytes(tiff(samples, photometric=2, sample_format=3))
+    assert refusal(tmp_path / "a.tiff") == "unsupported TIFF image: unknown pixel mode"
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tiff", "gif"])
 def test_limits_hold_exactly(tmp_path, suffix, recwarn):
     path = save(tmp_path / f"a.{suffix}", COLOURS)

@@ -22,6 +22,7 @@ MAX_BYTES = 512 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 _TRUNCATED_WORDS = ("truncated", "unpack requires", "unexpected end", "not enough image data")
+_UNSUPPORTED_WORDS = ("unsupported", "not supported", "unknown pixel mode", "cannot handle")
 _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 262, 0
 
 
@@ -97,10 +98,7 @@ def _decode(file: IO[bytes], max_pixels: int) -> Image.Image:
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, KeyError,
     # TypeError, EOFError, zlib.error and more on damaged data: all of them mean the same here.
     except Exception as error:
-        message = _plain(error)
-        if isinstance(error, EOFError | struct.error) or _is_truncation(message):
-            raise ImageError(f"truncated {kind}") from error
-        raise ImageError(f"damaged {kind}: {message}") from error
+        raise ImageError(_reason(kind, error)) from error
 
 
 def _open(file: IO[bytes]) -> ImageFile.ImageFile:
@@ -121,10 +119,7 @@ def _open(file: IO[bytes]) -> ImageFile.ImageFile:
         try:
             return factory(file, "")
         except (OSError, SyntaxError, ValueError, struct.error, LookupError, TypeError) as error:
-            message = _plain(error)
-            if isinstance(error, EOFError | struct.error) or _is_truncation(message):
-                raise ImageError(f"truncated {name} image") from error
-            raise ImageError(f"damaged {name} image: {message}") from error
+            raise ImageError(_reason(f"{name} image", error)) from error
     raise ImageError(f"not an image (known kinds: {', '.join(FORMATS)})")
 
 
@@ -211,8 +206,18 @@ def _keep_exif(image: Image.Image, source: Image.Image) -> Image.Image:
     return image
 
 
-def _is_truncation(message: str) -> bool:
-    return any(word in message.lower() for word in _TRUNCATED_WORDS)
+def _reason(kind: str, error: Exception) -> str:
+    """What a decoder's exception means, as far as its words tell."""
+    message = _plain(error)
+    if isinstance(error, EOFError | struct.error) or _has(message, _TRUNCATED_WORDS):
+        return f"truncated {kind}"
+    if _has(message, _UNSUPPORTED_WORDS):
+        return f"unsupported {kind}: {message}"
+    return f"damaged {kind}: {message}"
+
+
+def _has(message: str, words: Sequence[str]) -> bool:
+    return any(word in message.lower() for word in words)
 
 
 def _plain(error: BaseException) -> str:
