@@ -155,7 +155,7 @@ class Explainer:
         if targets is not None and topk is not None and not isinstance(targets, str):
             raise ValueError("give targets or topk, not both")
         inspection = self._inspect(_size(images), channels=images.shape[1])
-        if inspection.closed_form:
+        if inspection.closed_form and self._method.pooled:
             return self._closed_form(images, targets, topk, inspection)
         return self._backward(images, targets, topk, inspection)
 

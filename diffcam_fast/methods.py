@@ -14,6 +14,8 @@ class Method:
         reduction: key of `diffcam_kernels.reference.REDUCTIONS`.
         contrast: name of the default contrast.
         needs_contrast: the method is defined by its contrast, and `none` is refused.
+        pooled: a gradient that is the same at every cell gives the sum of the channels weighted by
+            it, so that a pooled linear head is explained in closed form.
         source: the paper.
     """
 
@@ -21,17 +23,37 @@ class Method:
     reduction: str
     contrast: str
     needs_contrast: bool
+    pooled: bool
     source: str
 
 
-# On a pooled linear head the gradient is the same at every cell, so that both reductions are the
-# one closed form.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("diff_grad_cam", "grad_cam", "log_odds", True, "arXiv 2506.08514"),
-        Method("grad_cam", "grad_cam", "none", False, "arXiv 1610.02391"),
-        Method("hires_cam", "hires_cam", "none", False, "arXiv 2011.08891"),
+        Method(
+            "diff_grad_cam",
+            "grad_cam",
+            "log_odds",
+            needs_contrast=True,
+            pooled=True,
+            source="arXiv 2506.08514",
+        ),
+        Method(
+            "grad_cam",
+            "grad_cam",
+            "none",
+            needs_contrast=False,
+            pooled=True,
+            source="arXiv 1610.02391",
+        ),
+        Method(
+            "hires_cam",
+            "hires_cam",
+            "none",
+            needs_contrast=False,
+            pooled=True,
+            source="arXiv 2011.08891",
+        ),
     )
 }
 
