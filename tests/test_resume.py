@@ -1,0 +1,173 @@
+"""Killed and stopped runs: whole files, and every image exactly once after ``--resume``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from commandline import MODEL, command, environment, write_images, write_network
+from diffcam_fast.cli.main import main
+
+COUNT = 24
+_FORMATS = [f"--format={name}" for name in ("overlay", "npz", "jsonl", "parquet")]
+_EXPLAIN = ["explain", "photos", "-m", MODEL, "-o", "out", "--batch-size", "2", "--json"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_network(tmp_path)
+    paths = write_images(tmp_path / "photos", COUNT - 1)
+    paths[1].with_name("001-broken.png").write_bytes(b"")
+    return tmp_path
+
+
+def start(folder: Path, *more: str, sleep: float = 0.0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*_EXPLAIN, *_FORMATS, *more),
+        cwd=folder,
+        env=environment(TINY_SLEEP=str(sleep)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(folder: Path, *more: str) -> tuple[int, dict[str, Any]]:
+    process = start(folder, *more)
+    out, err = process.communicate(timeout=120)
+    assert out, err
+    return process.returncode, json.loads(out)
+
+
+def wait_for(folder: Path, images: int, process: subprocess.Popen[str]) -> None:
+    """Until the ledger holds that many images."""
+    path = folder / "out" / "ledger.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        if path.exists() and path.read_bytes().count(b"\n") > images:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run did not begin")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_whole(folder: Path) -> None:
+    """Every image is accounted once, and every output holds it once."""
+    names = sorted(f"photos/{path.name}" for path in (folder / "photos").iterdir())
+    good = [name for name in names if "broken" not in name]
+    out = folder / "out"
+    entries = lines(out / "ledger.jsonl")[1:]
+    assert Counter(entry["path"] for entry in entries) == Counter(names)
+    assert Counter(line["path"] for line in lines(out / "explanations.jsonl")) == Counter(good)
+    rows = pq.read_table(out / "maps.parquet").column("path").to_pylist()
+    assert Counter(rows) == Counter(good)
+    check_pictures(out, len(good))
+    assert list(out.rglob("*.tmp")) == []
+
+
+def check_pictures(out: Path, count: int | None = None) -> None:
+    """Every file that is there is whole."""
+    pictures = sorted(out.glob("*.overlay.png"))
+    for path in pictures:
+        with Image.open(path) as picture:
+            picture.load()
+    for path in out.glob("*.npz"):
+        with np.load(path) as arrays:
+            assert arrays["maps"].shape == (1, 8, 8)
+    assert count is None or len(pictures) == count
+
+
+def test_a_killed_run_resumes_with_every_image_once(folder: Path) -> None:
+    for images in (5, 13):
+        process = start(folder, "--resume", sleep=0.08)
+        wait_for(folder, images, process)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        check_pictures(folder / "out")
+    before = {entry["path"] for entry in lines_so_far(folder)}
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*.npz")}
+    status, told = finish(folder, "--resume")
+    assert status == 3
+    assert told["complete"]
+    assert told["counts"] == {
+        "found": COUNT,
+        "explained": COUNT - 1,
+        "failed": 1,
+        "resumed": len(before),
+        "not_finite": 0,
+    }
+    assert 13 <= len(before) < COUNT
+    check_whole(folder)
+    # What was finished before was not made again.
+    done = {folder / "out" / f"{Path(path).stem}.npz" for path in before if "broken" not in path}
+    assert all(path.stat().st_mtime_ns == kept[path] for path in done)
+
+
+def lines_so_far(folder: Path) -> list[dict[str, Any]]:
+    """The ledger of a killed run, without a torn last line."""
+    text = (folder / "out" / "ledger.jsonl").read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n")].splitlines()[1:]]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_whole_files_and_says_how_to_go_on(
+    folder: Path, sent: signal.Signals
+) -> None:
+    process = start(folder, "--report", sleep=0.08)
+    wait_for(folder, 6, process)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "run the same command with --resume" in err
+    told = json.loads(out)
+    assert not told["complete"]
+    assert told["counts"]["explained"] == len(lines(folder / "out" / "ledger.jsonl")) - 2
+    check_pictures(folder / "out")
+    status, told = finish(folder, "--report", "--resume")
+    assert status == 3
+    check_whole(folder)
+    page = (folder / "out" / "report.html").read_text()
+    assert all(f"{index:03d}-" in page for index in range(COUNT - 1))
+
+
+def test_resume_with_other_settings_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "tiny_network", raising=False)
+    assert run(*_FORMATS).exit_code == 3
+    before = (folder / "out" / "ledger.jsonl").read_bytes()
+    refused = run(*_FORMATS, "--resume", "--contrast", "mean")
+    assert refused.exit_code == 2
+    assert 'contrast was "log_odds", is "mean"' in refused.stderr
+    assert (folder / "out" / "ledger.jsonl").read_bytes() == before
+    # Nothing is left to do, and all of it is still told.
+    again = run(*_FORMATS, "--resume")
+    assert json.loads(again.stdout)["counts"]["resumed"] == COUNT
+    # Without --resume the new run takes the old one's place.
+    anew = run(*_FORMATS, "--contrast", "mean")
+    assert json.loads(anew.stdout)["counts"]["resumed"] == 0
+    check_whole(folder)
+
+
+def run(*more: str) -> Result:
+    """The same command in this process."""
+    return CliRunner().invoke(main, [*_EXPLAIN, *more])
