@@ -84,13 +84,14 @@ def families(
 
     Weights are random. The smallest network of each family stands for it.
     """
-    from diffcam_bench.families import chosen, sweep
+    from diffcam_bench.families import sweep
+    from diffcam_bench.zoo import smallest_of_each_family
 
     path = results_folder() / "families.csv" if write else None
     with _progress(None, "network") as progress:
-        networks = chosen(only, progress)
+        networks = smallest_of_each_family(only, progress)
     if not networks:
-        raise click.UsageError(f"no family and no smallest network of one has {only!r} in its name")
+        raise click.UsageError(f"no family and no network has {only!r} in its name")
     unsupported = 0
     for result in sweep(networks, path, threads=threads, limit_s=limit, memory_gib=memory):
         unsupported += result.supported != "yes"

@@ -29,16 +29,24 @@ class Network:
     parameters: int
 
 
-def smallest_of_each_family(progress: Callable[[int], object] = lambda done: None) -> list[Network]:
+def smallest_of_each_family(
+    text: str | None = None, progress: Callable[[int], object] = lambda done: None
+) -> list[Network]:
     """For each family its network of the fewest parameters, small ones first.
 
-    Every network is built once on the meta device, without memory for its weights.
+    Args:
+        text: only families whose name holds it, or the name of one of whose networks does.
+        progress: called with the number of networks looked at so far.
     """
+    families = _families()
+    wanted = {f for name, f in families.items() if text is None or text in f or text in name}
     best: dict[str, Network] = {}
-    for number, network in enumerate(_all_networks(), start=1):
-        known = best.get(network.family)
-        if known is None or network.parameters < known.parameters:
-            best[network.family] = network
+    for number, (name, family) in enumerate(families.items(), start=1):
+        if family in wanted:
+            network = _measured(name, family)
+            known = best.get(family)
+            if known is None or network.parameters < known.parameters:
+                best[family] = network
         progress(number)
     return sorted(best.values(), key=lambda n: (n.parameters, n.name))
 
@@ -64,7 +72,7 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
     return model
 
 
-def size_of(name: str, model: nn.Module) -> tuple[int, int]:
+def size_of(name: str, model: nn.Module | None = None) -> tuple[int, int]:
     """The input size (H, W): what timm's configuration says, what torchvision trained it at."""
     if name.startswith("timm:"):
         config = getattr(model, "pretrained_cfg", None) or {}
@@ -74,19 +82,27 @@ def size_of(name: str, model: nn.Module) -> tuple[int, int]:
     return side, side
 
 
-def _all_networks() -> Iterator[Network]:
+def _families() -> dict[str, str]:
+    """Network -> family."""
+    timm = dict(_timm_names())
     stems: dict[str, set[str]] = {}
-    listed = [*_timm_names(), *_torchvision_names()]
-    for name, module in listed:
+    for name, module in timm.items():
         stems.setdefault(module, set()).add(_stem(name))
-    for name, module in listed:
-        # torchvision has one architecture a module.
-        several = module.startswith("timm/") and len(stems[module]) > 1
-        family = f"{module}/{_stem(name)}" if several else module
-        with torch.device("meta"):
-            model = _construct(name)
-        count = sum(p.numel() for p in model.parameters())
-        yield Network(name, family, size_of(name, model), count)
+    several = {module for module, found in stems.items() if len(found) > 1}
+    families = {
+        n: f"{module}/{_stem(n)}" if module in several else module for n, module in timm.items()
+    }
+    # torchvision has one architecture a module.
+    return families | dict(_torchvision_names())
+
+
+def _measured(name: str, family: str) -> Network:
+    if name.startswith("torchvision:"):
+        weights = optional("torchvision.models").get_model_weights(name.partition(":")[2])
+        return Network(name, family, size_of(name), int(weights.DEFAULT.meta["num_params"]))
+    with torch.device("meta"):
+        model = _construct(name)
+    return Network(name, family, size_of(name, model), sum(p.numel() for p in model.parameters()))
 
 
 def _timm_names() -> Iterator[tuple[str, str]]:
