@@ -121,7 +121,7 @@ def correlation(one: "Tensor", other: "Tensor") -> float:
 
     Example:
         >>> import torch
-        >>> correlation(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([5.0, 3.0, 1.0]))
+        >>> round(correlation(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([5.0, 3.0, 1.0])), 6)
         -1.0
     """
     a, b = (values.double().flatten() - values.double().mean() for values in (one, other))

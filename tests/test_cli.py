@@ -23,6 +23,7 @@ from diffcam_fast.cli import explain as explain_module
 from diffcam_fast.cli import run as run_module
 from diffcam_fast.cli.main import main
 from diffcam_fast.contrast import _NAMED
+from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.images.read import read_image
 from diffcam_fast.methods import METHODS
 from diffcam_fast.models import load_model
@@ -242,6 +243,44 @@ def test_broken_files_are_named_and_stop_nothing(folder: Path) -> None:
     people = explain("photos", "-o", "out")
     assert people.exit_code == 3
     assert "6 of 10 images explained, 4 failed" in people.stdout
+
+
+def test_an_image_that_cannot_be_prepared_stops_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strange(path: Path) -> Image.Image:
+        if path.name == "001-green.png":
+            raise ZeroDivisionError("strange")
+        return read_image(path)
+
+    monkeypatch.setattr(run_module, "read_image", strange)
+    told = summary("photos", "-o", "out", status=3)
+    assert told["counts"]["explained"] == 5
+    assert told["failed"] == [
+        {
+            "path": "photos/001-green.png",
+            "reason": "cannot be prepared: ZeroDivisionError('strange')",
+        }
+    ]
+
+
+def test_maps_that_are_not_finite_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(path: Path) -> Image.Image:
+        image = read_image(path)
+        image.info["poison"] = path.name == "001-green.png"
+        return image
+
+    whole = Preprocess.__call__
+
+    def prepare(self: Preprocess, image: Image.Image) -> torch.Tensor:
+        pixels = whole(self, image)
+        return pixels * torch.nan if image.info["poison"] else pixels
+
+    monkeypatch.setattr(run_module, "read_image", poisoned)
+    monkeypatch.setattr(Preprocess, "__call__", prepare)
+    told = summary("photos", "-o", "out", "--report", "--format", "parquet", "--format", "overlay")
+    assert told["counts"]["not_finite"] == 1
+    assert [entry["finite"] for entry in ledger(folder / "out")].count([False]) == 1
 
 
 def test_a_single_broken_file_is_exit_3_too(folder: Path) -> None:

@@ -273,6 +273,14 @@ def _size_expression(data: bytes) -> bytes:
     return data.replace(b"Symbol('s", b"__import__('os').abort() or Symbol('s")
 
 
+def _name(data: bytes) -> bytes:
+    program = json.loads(data)
+    program["graph_module"]["graph"]["nodes"][0]["outputs"][0]["as_tensor"]["name"] = (
+        "x\n    boom()"
+    )
+    return json.dumps(program).encode()
+
+
 def _pickled_weight(data: bytes) -> bytes:
     return data.replace(b'"use_pickle": false', b'"use_pickle": true', 1)
 
@@ -286,6 +294,7 @@ def _bomb(_: bytes) -> bytes:
     [
         ("model.json", lambda d: _first_node(d, "torch.os.system"), "not a tensor operator"),
         ("model.json", _size_expression, "symbolic size"),
+        ("model.json", _name, "it has the name"),
         ("weights_config.json", _pickled_weight, "would be unpickled"),
         ("sample_inputs/model.pt", _bomb, "cannot read"),
     ],

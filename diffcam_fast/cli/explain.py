@@ -165,7 +165,8 @@ def execute(request: "Request", console: Console) -> "tuple[Job, Summary, Path |
     """Runs a request from its options to its report.
 
     Returns:
-        What was run, what came of it, and the report where one was asked for.
+        What was run, what came of it, and the report where one was asked for and the run got to
+        its end.
 
     Raises:
         click.UsageError: The request cannot be met.
@@ -185,7 +186,8 @@ def execute(request: "Request", console: Console) -> "tuple[Job, Summary, Path |
         raise click.ClickException("out of memory while loading the model") from error
     try:
         summary = run(job, console)
-        page = write_run_report(job, summary) if request.report else None
+        complete = request.report and not summary.interrupted
+        page = write_run_report(job, summary) if complete else None
     except ResumeError as error:
         raise click.UsageError(str(error)) from error
     except OutOfMemory as error:

@@ -181,6 +181,8 @@ class _Loop:
             reason = str(error)
         except MemoryError:
             reason = "not enough memory to prepare it"
+        except Exception as error:  # noqa: BLE001 - one strange image must not stop the others
+            reason = f"cannot be prepared: {error!r}"
         return Entry(str(source.path), "failed", name=source.name, reason=reason)
 
     def _finish(self, batch: list[Decoded]) -> None:

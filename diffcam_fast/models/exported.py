@@ -29,7 +29,9 @@ _SIZE_NAMES = re.compile(
     r"[suz]\d+|\d+|Symbol|Integer|Add|Mul|Pow|Mod|Max|Min|Eq|Ne|True|False"
     r"|positive|nonnegative|integer|nonzero|finite|[A-Z]\w*(Div|Mod)|Where|IsNonOverlappingAndDense"
 )
-_NAME = re.compile(r"[\w.]*")
+# PyTorch writes names into generated code: nothing that could end an identifier or a string.
+_NAMED = re.compile(r"(.*_)?(name|names|fqn)|nn_module_stack")
+_NAME = re.compile(r"[\w.,;:@<>\[\] -]*")
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,12 @@ def _graph_objections(value: Any) -> Iterator[str]:
 def _field_objections(key: str, item: Any) -> Iterator[str]:
     if key == "expr_str" and not _is_size(str(item)):
         yield f"it has the symbolic size {item!r}"
-    # Nodes name operators by "target"; everything that ends as an identifier in generated code
-    # stands under "name" or as an argument's name.
     elif key == "target" and isinstance(item, str) and not _TARGET.fullmatch(item):
         yield f"it calls {item!r}, which is not a tensor operator"
-    elif key == "name" and isinstance(item, str) and not _NAME.fullmatch(item):
-        yield f"it has the name {item!r}"
+    elif _NAMED.fullmatch(key):
+        for name in item if isinstance(item, list) else [item]:
+            if isinstance(name, str) and not _NAME.fullmatch(name):
+                yield f"it has the name {name!r}"
 
 
 def _is_size(text: str) -> bool:
