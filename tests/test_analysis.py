@@ -227,6 +227,8 @@ def test_tokens_are_not_explained_at_their_embedding() -> None:
             logits: Tensor = self.head(self.blocks(self.embed(x).flatten(2).mT).mean(dim=1))
             return logits
 
-    with pytest.raises(AnalysisError, match=r"embed .*most of the network lies behind it"):
+    with pytest.raises(
+        AnalysisError, match=r"ends in tokens, .*embed .*most of the network lies behind"
+    ):
         Explainer(Tokens().eval())
     assert Explainer(Tokens().eval(), layer="embed").layer == "embed"

@@ -83,9 +83,8 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
         chosen = next((c for c in candidates if not c.note), None)
         if chosen is None:
             raise AnalysisError(
-                "no layer found: no module before the classifier's weights returns an "
-                "activation of more than one "
-                f"cell that all of the data passes through. {_listing(candidates)}"
+                f"no layer found: {_why_none(flow)}. Name a layer to explain it all the same. "
+                f"{_listing(candidates)}"
             )
         layer = chosen.name
     node = _node(model, flow, layer, candidates)
@@ -112,8 +111,7 @@ def _node(model: nn.Module, flow: Trace, layer: str, candidates: tuple[Candidate
     if flow.calls[layer] > 1:
         raise AnalysisError(
             f"layer {layer!r} runs {flow.calls[layer]} times in one forward pass, so that its "
-            "output is not one "
-            f"activation. {_listing(candidates)}"
+            f"output is not one activation. {_listing(candidates)}"
         )
     node = flow.node_of(layer)
     if node is None:
@@ -151,6 +149,17 @@ def _candidates(flow: Trace) -> tuple[Candidate, ...]:
         name = min(once, key=lambda name: name.count("."))
         found.append(Candidate(name, (node.channels, *node.grid), note))
     return tuple(found)
+
+
+def _why_none(flow: Trace) -> str:
+    tokens = next((n for n in flow.bottlenecks() if len(n.shape) == 3 and n.shape[1] > 1), None)
+    if tokens is not None:
+        where = f"{tokens.module} " if tokens.module else ""
+        return f"the network ends in tokens, {where}{tokens.shape}, which have no rows and columns"
+    return (
+        "no module before the classifier's weights returns an activation of more than one cell "
+        "that all of the data passes through"
+    )
 
 
 def _mixes_channels(node: Node) -> bool:
