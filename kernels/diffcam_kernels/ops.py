@@ -29,7 +29,8 @@ def contrast_gradient(
     """
     _require(logits.ndim == 2, f"logits must be (N, K), got {tuple(logits.shape)}")
     _require(
-        logits.shape[1] > 1 or temperature is None, "a contrast needs at least two classes, got 1; grad_cam explains a single logit"
+        logits.shape[1] > 1 or temperature is None,
+        "a contrast needs at least two classes, got 1; grad_cam explains a single logit",
     )
     _require(logits.is_floating_point(), f"logits must be floating point, got {logits.dtype}")
     _require(
