@@ -81,8 +81,10 @@ def test_sweep_resumes_and_lists_what_takes_too_long(tmp_path: Path) -> None:
     [late] = sweep(networks[:1], path, limit_s=0.01, threads=1, memory_gib=8)
     assert late.supported == "no"
     assert late.reason == "not checked: it takes more than 0.01 s"
-    [checked] = sweep(networks, path, limit_s=120, threads=1, memory_gib=8)
-    assert holds(checked)
+    # What took too long is tried again, what was checked is not.
+    both = list(sweep(networks, path, limit_s=120, threads=1, memory_gib=8))
+    assert [result.model for result in both] == [n.name for n in networks]
+    assert all(map(holds, both))
     assert [row["model"] for row in read_rows(path)] == [n.name for n in networks]
     assert list(sweep(networks, path, limit_s=120, threads=1, memory_gib=8)) == []
 
