@@ -75,7 +75,10 @@ def check(name: str, *, size: tuple[int, int] | None = None) -> Result:
     try:
         result = _compare(model, (height, width), result)
     except Exception as error:  # noqa: BLE001 - the sweep lists whatever a network raises
-        result = replace(result, reason=f"{type(error).__name__}: {_first_sentence(str(error))}")
+        reason = f"{type(error).__name__}: {_first_sentence(str(error))}"
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            reason = "not checked: it takes more memory than the sweep grants"
+        result = replace(result, reason=reason)
     return replace(result, seconds=f"{time.perf_counter() - start:.0f}")
 
 
