@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,8 +31,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @dataclass
 class _Evaluating:
+    """What the first of the current users of a model found, for the last one to put back."""
+
     users: int
     training: list[nn.Module]
+    compiled: dict[nn.Module, Any]
 
 
 _evaluating: WeakKeyDictionary[nn.Module, _Evaluating] = WeakKeyDictionary()
@@ -41,23 +44,29 @@ _lock = threading.Lock()
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and uncompiled; the last of several threads restores the
-    training flags.
+    """The model in evaluation mode and uncompiled; the last of several threads restores it.
+
+    `Module.compile` leaves a module's class as it is and sets one attribute, which is taken away
+    here: a compiled forward calls no hooks. The compiler's own switch would turn every model of
+    every thread.
     """
     with _lock:
         state = _evaluating.get(model)
         if state is None:
-            state = _Evaluating(0, [module for module in model.modules() if module.training])
+            modules = list(model.modules())
+            state = _Evaluating(
+                users=0,
+                training=[m for m in modules if m.training],
+                compiled={m: m._compiled_call_impl for m in modules if m._compiled_call_impl},
+            )
             _evaluating[model] = state
             for module in state.training:
                 module.training = False
+            for module in state.compiled:
+                module._compiled_call_impl = None
         state.users += 1
     try:
-        with ExitStack() as stack:
-            # Module.compile() leaves the class as it is, so that only this attribute tells.
-            if any(module._compiled_call_impl is not None for module in model.modules()):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
+        yield
     finally:
         with _lock:
             state.users -= 1
@@ -65,6 +74,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 del _evaluating[model]
                 for module in state.training:
                     module.training = True
+                for module, call in state.compiled.items():
+                    module._compiled_call_impl = call
 
 
 def pick_logits(output: Any, *, probabilities: bool = False) -> Tensor:

@@ -87,17 +87,39 @@ def test_channels_last(model: nn.Module) -> None:
     assert relative_error(result(given, TARGETS).maps, truth) < 1e-5
 
 
-@pytest.mark.parametrize("compile_", ["wrapped", "in place", "submodule"])
+@pytest.mark.parametrize("compile_", ["wrapped", "in place", "submodule", "wrapped submodule"])
 def test_compiled_model_that_has_already_run(model: nn.Module, compile_: str) -> None:
     truth = expected(model)
     if compile_ == "wrapped":
         model = torch.compile(model, backend="eager")
     elif compile_ == "in place":
         model.compile(backend="eager")
-    else:
+    elif compile_ == "submodule":
         next(iter(model.children())).compile(backend="eager")
+    else:
+        name, child = next(model.named_children())
+        setattr(model, name, torch.compile(child, backend="eager"))
     model(images())
     assert relative_error(explained(model), truth) < 1e-5
+
+
+def test_a_compiled_model_is_compiled_afterwards(model: nn.Module) -> None:
+    runs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        runs.append(graph)
+        return graph.forward
+
+    # Sequential.forward is one code object for all tests, and is compiled so many times only.
+    torch.compiler.reset()
+    model.compile(backend=backend)
+    call = model._compiled_call_impl
+    explainer = Explainer(model)
+    explainer(images())
+    assert not runs
+    assert model._compiled_call_impl is call
+    model(images())
+    assert runs
 
 
 def test_data_parallel(model: nn.Module) -> None:
