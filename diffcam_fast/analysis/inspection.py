@@ -152,7 +152,13 @@ def _candidates(flow: Trace) -> tuple[Candidate, ...]:
 
 
 def _why_none(flow: Trace) -> str:
-    tokens = next((n for n in flow.bottlenecks() if len(n.shape) == 3 and n.shape[1] > 1), None)
+    batch = flow.nodes[flow.logits].shape[0]
+    sequences = (
+        n
+        for n in flow.bottlenecks()
+        if len(n.shape) == 3 and n.shape[0] == batch and n.shape[1] > 1
+    )
+    tokens = next((n for n in sequences if n.index in flow.returned_by), None)
     if tokens is not None:
         where = f"{tokens.module} " if tokens.module else ""
         return f"the network ends in tokens, {where}{tokens.shape}, which have no rows and columns"
