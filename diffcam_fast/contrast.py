@@ -183,10 +183,16 @@ def contrast_score(
     Returns:
         (N, T), in units of the logits; differentiable in the logits.
 
+    Raises:
+        ValueError: a target that is no class, or what the contrast does not take.
+
     Example:
         >>> import torch
         >>> contrast_score(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[0]]), "mean")
         tensor([[2.5000]])
     """
+    classes = range(logits.shape[1])
+    if any(int(target) not in classes for target in targets.flatten()):
+        raise ValueError(f"targets must be from 0 to {logits.shape[1] - 1}, got {targets.tolist()}")
     d = Contrast.parse(contrast).gradient(logits.detach(), targets)
     return reference.contrast_score(logits, d)

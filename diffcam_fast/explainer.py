@@ -79,6 +79,11 @@ class Explainer:
                 "made from"
             )
         self._model = unwrap(model)
+        if any(t.is_inference() for t in [*model.parameters(), *model.buffers()]):
+            raise ValueError(
+                "the model was made under inference_mode, and its tensors can take part in no "
+                "gradient; give a copy.deepcopy of it that is made outside"
+            )
         self._method = get_method(method)
         default = "log_odds" if temperature is not None else self._method.contrast
         self._contrast = Contrast.parse(
@@ -152,7 +157,7 @@ class Explainer:
             AnalysisError: no layer of the model fits this input.
         """
         images = self._prepare(images)
-        if targets is not None and topk is not None and not isinstance(targets, str):
+        if targets is not None and topk is not None:
             raise ValueError("give targets or topk, not both")
         inspection = self._inspect(_size(images), channels=images.shape[1])
         if inspection.closed_form and self._method.pooled:
@@ -313,7 +318,7 @@ def _resolve(targets: Targets, topk: int | None, logits: Tensor) -> Tensor:
         if not 1 <= topk <= k:
             raise ValueError(f"topk must be from 1 to the {k} classes, got {topk}")
         return logits.topk(topk, dim=1).indices
-    if targets is None or targets == "predicted":
+    if targets is None or (isinstance(targets, str) and targets == "predicted"):
         return (
             logits.argmax(dim=1, keepdim=True) if n else logits.new_zeros((0, 1), dtype=torch.int64)
         )

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 
@@ -30,15 +29,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @dataclass
-class _Evaluating:
-    """What the first of the current users of a model found, for the last one to put back."""
+class _Found:
+    """How the first of a module's current users found it, for the last one to put back."""
 
     users: int
-    training: list[nn.Module]
-    compiled: dict[nn.Module, Any]
+    training: bool
+    compiled: Any
 
 
-_evaluating: WeakKeyDictionary[nn.Module, _Evaluating] = WeakKeyDictionary()
+_found: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -46,64 +45,60 @@ _lock = threading.Lock()
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode and uncompiled; the last of several threads restores it.
 
-    `Module.compile` leaves a module's class as it is and sets one attribute, which is taken away
-    here: a compiled forward calls no hooks. The compiler's own switch would turn every model of
-    every thread.
+    Counted by module: two models may share a backbone. `Module.compile` leaves a module's class as
+    it is and sets one attribute, which is taken away here: a compiled forward calls no hooks. The
+    compiler's own switch would turn every model of every thread.
     """
+    modules = list(model.modules())
     with _lock:
-        state = _evaluating.get(model)
-        if state is None:
-            modules = list(model.modules())
-            state = _Evaluating(
-                users=0,
-                training=[m for m in modules if m.training],
-                compiled={m: m._compiled_call_impl for m in modules if m._compiled_call_impl},
+        for module in modules:
+            state = _found.setdefault(
+                module, _Found(0, module.training, module._compiled_call_impl)
             )
-            _evaluating[model] = state
-            for module in state.training:
-                module.training = False
-            for module in state.compiled:
-                module._compiled_call_impl = None
-        state.users += 1
+            state.users += 1
+            module.training = False
+            module._compiled_call_impl = None
     try:
         yield
     finally:
         with _lock:
-            state.users -= 1
-            if state.users == 0:
-                del _evaluating[model]
-                for module in state.training:
-                    module.training = True
-                for module, call in state.compiled.items():
-                    module._compiled_call_impl = call
+            for module in modules:
+                state = _found[module]
+                state.users -= 1
+                if state.users == 0:
+                    del _found[module]
+                    module.training = state.training
+                    module._compiled_call_impl = state.compiled
 
 
-def pick_logits(output: Any, *, probabilities: bool = False) -> Tensor:
+def pick_logits(output: Any) -> Tensor:
     """The logits (N, K) in what a classifier returns.
 
     Args:
-        output: a tensor (N, K) or (N, K, 1, 1), an object or mapping with `logits`, a mapping or
-            sequence whose first such tensor is taken.
-        probabilities: the tensor holds a softmax; its logarithm has the same differences as the
-            logits.
+        output: a tensor (N, K) or (N, K, 1, 1); an object or mapping with such `logits`; or a
+            mapping or sequence that holds one such tensor.
 
     Raises:
-        OutputError: nothing of the kind is there.
+        OutputError: nothing of the kind is there, or it is not clear which one is meant.
     """
     found = _find_logits(output)
-    if found is None:
+    if len({tensor.shape[1] for tensor in found}) > 1:
+        raise OutputError(
+            f"the model returns {len(found)} tensors that could be logits, of shapes "
+            f"{', '.join(str(tuple(t.shape)) for t in found)}; return them as `logits`"
+        )
+    if not found:
         raise OutputError(
             f"the model must return logits (N, K), or something that holds them as `logits`; "
             f"it returned {_describe(output)}"
         )
-    logits = found.flatten(1)
-    return logits.clamp_min(torch.finfo(logits.dtype).tiny).log() if probabilities else logits
+    return found[0].flatten(1)
 
 
-def _find_logits(output: Any) -> Tensor | None:
+def _find_logits(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         flat = output.ndim == 2 or (output.ndim == 4 and output.shape[2:] == (1, 1))
-        return output if flat and output.is_floating_point() else None
+        return [output] if flat and output.is_floating_point() else []
     if isinstance(output, Mapping):
         parts = [output["logits"]] if "logits" in output else list(output.values())
     elif isinstance(getattr(output, "logits", None), Tensor):
@@ -111,8 +106,8 @@ def _find_logits(output: Any) -> Tensor | None:
     elif isinstance(output, Sequence) and not isinstance(output, str):
         parts = list(output)
     else:
-        return None
-    return next((found for part in parts if (found := _find_logits(part)) is not None), None)
+        parts = []
+    return [tensor for part in parts for tensor in _find_logits(part)]
 
 
 def _describe(output: Any) -> str:

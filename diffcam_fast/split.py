@@ -10,12 +10,13 @@ activation that the map is made of.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diffcam_fast.running import evaluating, pick_logits
 
@@ -68,16 +69,40 @@ def head_gradients(
         layer: dotted module name.
         cotangents: from the logits (N, K) to d (N, T, K).
         channel_axis: where the layer has its channels.
-        probabilities: the model ends in a softmax, see `diffcam_fast.running.pick_logits`.
+        probabilities: the model ends in a softmax; what that was given are the logits.
 
     Raises:
         RuntimeError: the layer ran more than once, or not at all, or the logits do not depend on
             it.
     """
+    if probabilities:
+        # A softmax that saturates has no gradient left; what it was given has.
+        return _head_gradients(model, images, layer, cotangents, channel_axis, _BeforeSoftmax())
+    try:
+        return _head_gradients(model, images, layer, cotangents, channel_axis, nullcontext())
+    except _NotRecorded:
+        # The model turns gradients off around its features, and with them what the hook turned on.
+        return _head_gradients(model, images, layer, cotangents, channel_axis, _Recording())
+
+
+class _NotRecorded(RuntimeError):
+    """The logits came without a graph to the layer."""
+
+
+def _head_gradients(
+    model: nn.Module,
+    images: Tensor,
+    layer: str,
+    cotangents: Callable[[Tensor], Tensor],
+    channel_axis: int,
+    mode: "nullcontext[None] | _Recording",
+) -> Split:
     leaves: list[Tensor] = []
 
     def start_recording(activation: Tensor) -> Tensor:
         torch.set_grad_enabled(True)
+        if isinstance(mode, _Recording):
+            mode.started = True
         leaf = activation.detach().clone().requires_grad_()
         leaves.append(leaf)
         # A leaf may not be written in place, its copy may.
@@ -85,11 +110,12 @@ def head_gradients(
 
     # no_grad outermost: leaving it also undoes what the hook turned on.
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
-        with _tapped(model, layer, start_recording):
-            logits = pick_logits(model(images), probabilities=probabilities)
+        with _tapped(model, layer, start_recording), mode:
+            output = model(images)
+        logits = pick_logits(mode.input if isinstance(mode, _BeforeSoftmax) else output)
         leaf = _once(leaves, layer)
         if not logits.requires_grad:
-            raise RuntimeError(
+            raise _NotRecorded(
                 f"the logits do not depend on layer {layer!r}, or the model turns gradients "
                 "off behind it"
             )
@@ -101,11 +127,46 @@ def head_gradients(
     )
 
 
+class _Recording(TorchFunctionMode):
+    """Records every call behind the layer, in whatever gradient mode the model makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch.enable_grad() if self.started else nullcontext():
+            return func(*args, **(kwargs or {}))
+
+
+class _BeforeSoftmax(_Recording):
+    """Keeps what the last softmax of the model was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if getattr(func, "__name__", "").partition(".")[0].strip("_") == "softmax":
+            self.input = args[0] if args else (kwargs or {})["input"]
+        return result
+
+
 def _vjp(logits: Tensor, leaf: Tensor, d: Tensor) -> Tensor:
     """G (N, T, ...) for d (N, T, K): all targets in one batched backward."""
     if d.shape[1] == 1:
         return torch.autograd.grad(logits, leaf, d[:, 0])[0].unsqueeze(1)
-    batched = torch.autograd.grad(logits, leaf, d.movedim(1, 0), is_grads_batched=True)[0]
+    try:
+        batched = torch.autograd.grad(
+            logits, leaf, d.movedim(1, 0), retain_graph=True, is_grads_batched=True
+        )[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        # An operator of the head, a custom one say, has no rule for a batch of backwards.
+        each = [torch.autograd.grad(logits, leaf, g, retain_graph=True)[0] for g in d.unbind(1)]
+        return torch.stack(each, dim=1)
     return batched.movedim(0, 1)
 
 

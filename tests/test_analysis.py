@@ -176,7 +176,7 @@ def test_layer_that_runs_twice_is_refused() -> None:
 
 def test_layer_without_cells_is_refused() -> None:
     with pytest.raises(AnalysisError, match=r"'head' returns .*, not a spatial activation"):
-        Explainer(Overwritten(), layer="classifier") if False else Explainer(Gated(), layer="head")
+        Explainer(Gated(), layer="head")
 
 
 def test_no_spatial_layer_lists_what_there_is() -> None:
@@ -232,3 +232,38 @@ def test_tokens_are_not_explained_at_their_embedding() -> None:
     ):
         Explainer(Tokens().eval())
     assert Explainer(Tokens().eval(), layer="embed").layer == "embed"
+
+
+@pytest.mark.parametrize("gap", [1.0, 60.0, 400.0])
+@pytest.mark.parametrize("tail", [nn.Identity(), nn.Unflatten(1, (5, 1, 1))])
+def test_a_saturated_softmax_has_the_maps_of_its_logits(gap: float, tail: nn.Module) -> None:
+    def network() -> nn.Sequential:
+        model = pooled()
+        with torch.no_grad():
+            model[2].bias.copy_(torch.arange(5.0) * gap)
+        return model
+
+    targets = torch.tensor([[0, 4]] * 3)
+    logits = Explainer(network(), relu=False)(images(), targets)
+    softmax = nn.Sequential(network(), nn.Softmax(dim=1), tail)
+    result = Explainer(softmax, relu=False, example_inputs=images())(images(), targets)
+    assert torch.allclose(result.maps, logits.maps, atol=1e-6)
+    assert torch.allclose(result.logits, logits.logits, atol=1e-5)
+
+
+def test_a_branch_that_overwrites_the_activation_late() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.body(x)
+            logits: Tensor = self.head(a.mean(dim=(2, 3)))
+            a.zero_()
+            return logits
+
+    explainer = Explainer(Late().eval(), relu=False)
+    assert "zero (" not in explainer.inspect().reason
+    assert "overwrites the activation" in explainer.inspect().reason
+    assert explainer(images(), 0).maps.abs().max() > 0

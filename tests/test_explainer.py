@@ -1,5 +1,6 @@
 """Maps against float64 autograd on the whole network, targets, and what a caller may give."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -79,16 +80,17 @@ def test_the_contrast_of_signed_maps_is_the_contrast_of_the_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "topk", "expected"),
+    ("targets", "expected"),
     [
-        (2, None, [[2], [2], [2]]),
-        ([0, 1, 2], None, [[0], [1], [2]]),
-        (torch.tensor([0, 1, 2]), None, [[0], [1], [2]]),
-        ([[0, 3], [1, 3], [2, 3]], None, [[0, 3], [1, 3], [2, 3]]),
-        (torch.tensor(4), None, [[4], [4], [4]]),
+        (2, [[2], [2], [2]]),
+        ([0, 1, 2], [[0], [1], [2]]),
+        (torch.tensor([0, 1, 2]), [[0], [1], [2]]),
+        ([[0, 3], [1, 3], [2, 3]], [[0, 3], [1, 3], [2, 3]]),
+        (torch.tensor(4), [[4], [4], [4]]),
+        (np.array([0, 1, 2]), [[0], [1], [2]]),
     ],
 )
-def test_targets(targets: object, topk: int | None, expected: list[list[int]]) -> None:
+def test_targets(targets: object, expected: list[list[int]]) -> None:
     result = Explainer(pooled())(images(), targets)  # type: ignore[arg-type]
     assert result.targets.tolist() == expected
     assert result.maps.shape == (3, len(expected[0]), 5, 6)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffcam_fast import Explainer
+from diffcam_fast import Contrast, Explainer
 from networks import Overwritten, expected_maps, images, pooled, relative_error, with_mlp
 
 TARGETS = torch.tensor([[3], [1], [2]])
@@ -281,7 +281,11 @@ def test_several_threads_share_one_explainer(model: nn.Module) -> None:
 
     def work(i: int) -> None:
         for _ in range(10):
-            if not torch.allclose(explainer(batches[i], TARGETS).maps, alone[i], atol=1e-6):
+            try:
+                same = torch.allclose(explainer(batches[i], TARGETS).maps, alone[i], atol=1e-6)
+            except RuntimeError:
+                same = False
+            if not same:
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
@@ -316,3 +320,108 @@ def test_the_callers_images_are_not_written_to(model: nn.Module) -> None:
 
 def test_a_copy_of_a_model_is_explained_like_the_model(model: nn.Module) -> None:
     assert torch.equal(explained(copy.deepcopy(model)), explained(model))
+
+
+def test_a_backbone_that_runs_under_no_grad() -> None:
+    class Frozen(nn.Module):
+        def __init__(self, net: nn.Sequential) -> None:
+            super().__init__()
+            self.features, self.head = net[0], net[1:]
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                a = self.features(x)
+            logits: Tensor = self.head(a)
+            return logits
+
+    for build in (pooled, with_mlp):
+        result = Explainer(Frozen(build()), relu=False)(images(), TARGETS)
+        assert result.layer == "features"
+        assert relative_error(result.maps, expected_maps(build(), "0", images(), TARGETS)) < 1e-5
+
+
+def test_models_that_share_a_backbone_in_two_threads() -> None:
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    models = [nn.Sequential(backbone, pooled(5, 8)[1], nn.Linear(8, 5)).train() for _ in range(2)]
+    explainers = [Explainer(model) for model in models]
+    before = backbone[1].running_mean.clone()
+    threads = [
+        threading.Thread(target=lambda e=e: [e(images()) for _ in range(30)]) for e in explainers
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(backbone[1].running_mean, before)
+    assert all(module.training for model in models for module in model.modules())
+
+
+def test_a_head_without_a_rule_for_batched_backwards() -> None:
+    class Odd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return 3 * x
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> Tensor:
+            return 3 * g if float(g.sum()) != 0.125 else g
+
+    class Head(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = Odd.apply(x)
+            return out
+
+    model = nn.Sequential(pooled(), Head())
+    targets = torch.tensor([[0, 1], [2, 3], [4, 0]])
+    batched = Explainer(model, relu=False, contrast="mean", example_inputs=images())(
+        images(), targets
+    )
+    plain = Explainer(pooled(), relu=False, contrast="mean")(images(), targets)
+    assert torch.allclose(batched.maps, 3 * plain.maps, atol=1e-6)
+
+
+def test_a_model_made_under_inference_mode_says_what_to_do() -> None:
+    with torch.inference_mode():
+        model = pooled()
+    with pytest.raises(ValueError, match=r"made under inference_mode.*copy\.deepcopy"):
+        Explainer(model)
+    assert relative_error(explained(copy.deepcopy(model)), expected(pooled())) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_another_default_dtype(dtype: torch.dtype) -> None:
+    model = pooled()
+    torch.set_default_dtype(dtype)
+    try:
+        result = Explainer(model, relu=False)(images().float(), TARGETS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert result.backend.endswith("closed form")
+
+
+def test_features_beside_logits_are_not_guessed_at() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = pooled()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.net[:2](x)
+            return features, self.net[2](features)
+
+    with pytest.raises(TypeError, match="2 tensors that could be logits"):
+        Explainer(Two(), example_inputs=images())
+
+
+def test_maps_under_autocast_are_float32_work() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        explainer = Explainer(pooled(), relu=False)
+        result = explainer(images(), TARGETS)
+    assert result.backend.endswith("closed form")
+    # The same activations as the network made them, reduced in float64.
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        activations = pooled()[0](images()).double()
+    d = Contrast().gradient(result.logits, TARGETS).double()
+    weights = d @ pooled()[2].weight.detach().double() / 30
+    exact = torch.einsum("ntc,nchw->nthw", weights, activations)
+    assert relative_error(result.maps, exact) < 1e-6

@@ -53,14 +53,31 @@ def read_head(model: nn.Module, images: Tensor, flow: Trace, layer: str, node: N
     """Decides between the closed form and the vjp, with the reason in words."""
     nodes = flow.head_of(node.index)
     operators = " -> ".join(_name(n) for n in nodes if n.operator not in _REARRANGING) or "nothing"
-    probabilities = flow.nodes[flow.logits].operator.strip("_") == "softmax"
-    obstacle = _obstacle(nodes, node, flow.classes)
+    probabilities = _ends_in_softmax(flow)
+    obstacle = _obstacle(nodes, node, flow.classes) or _overwritten(flow, node)
     if obstacle is None:
-        weight, obstacle = _proven_weight(model, images, flow, layer, node, nodes)
+        with torch.autocast(images.device.type, enabled=False):
+            weight, obstacle = _proven_weight(model, images, flow, layer, node, nodes)
         if weight is not None:
             reason = f"average pooling and one linear map, {weight}: the gradient is d W / (h w)"
             return Head(operators, reason, weight, probabilities)
     return Head(operators, f"backward through the head: {obstacle}", None, probabilities)
+
+
+def _ends_in_softmax(flow: Trace) -> bool:
+    node = flow.nodes[flow.logits]
+    while node.operator in _REARRANGING and node.parents[-1] >= 0:
+        node = flow.nodes[node.parents[-1]]
+    return node.operator.strip("_") == "softmax"
+
+
+def _overwritten(flow: Trace, layer: Node) -> str | None:
+    """A later write into the activation; the closed form would read what it leaves behind."""
+    writes = (
+        n for n in flow.nodes.values() if n.operator.endswith("_") and n.operator != "as_strided_"
+    )
+    found = next((n for n in writes if layer.index in n.parents), None)
+    return None if found is None else f"{_name(found)} overwrites the activation"
 
 
 def _obstacle(nodes: list[Node], layer: Node, classes: int) -> str | None:
@@ -87,12 +104,13 @@ def _proven_weight(
     fitting = [name for name in names if _matrix_shape(tensor_named(model, name)) == shape]
     if not fitting:
         return None, f"it has no weight of shape (K, C) = {shape}"
-    generator = torch.Generator().manual_seed(0)
-    d = torch.randn(images.shape[0], 1, flow.classes, generator=generator).to(images.device)
-    with torch.autocast(images.device.type, enabled=False):
-        split = head_gradients(
-            model, images, layer, lambda logits: d, channel_axis=node.channel_axis or 1
-        )
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape_d = (images.shape[0], 1, flow.classes)
+    d = torch.randn(shape_d, generator=generator, dtype=torch.float32, device="cpu")
+    d = d.to(images.device)
+    split = head_gradients(
+        model, images, layer, lambda logits: d, channel_axis=node.channel_axis or 1
+    )
     gradients = split.gradients[:, 0].float()
     for name in fitting:
         weight = tensor_named(model, name).detach().flatten(1).float()

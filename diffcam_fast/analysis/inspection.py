@@ -47,8 +47,7 @@ class Inspection:
             pass.
         reason: why it is, or is not.
         weight: name of the head's weight, (K, C) or (K, C, 1, 1), where the form is closed.
-        probabilities: the model ends in a softmax; the logarithm of its output stands for the
-            logits.
+        probabilities: the model ends in a softmax; what that is given are the logits.
         candidates: the layers all of the data passes through, last first.
     """
 
@@ -194,5 +193,7 @@ def example_images(model: nn.Module, size: tuple[int, int], *, channels: int = 3
         channels: C.
     """
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    images = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = (2, channels, *size)
+    images = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return images.to(device=weight.device, dtype=weight.dtype)

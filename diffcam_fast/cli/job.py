@@ -182,14 +182,15 @@ def make_explainer(
             " dynamic batch: torch.export.export(model, (images,),"
             ' dynamic_shapes=({0: torch.export.Dim("batch")},))'
         )
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = (2, 3, *loaded.preprocess.size)
     return Explainer(
         loaded.model,
         layer=layer,
         method=method,
         contrast=contrast,
         temperature=temperature,
-        example_inputs=torch.randn(2, 3, *loaded.preprocess.size, generator=generator),
+        example_inputs=torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"),
     )
 
 

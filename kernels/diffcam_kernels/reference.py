@@ -48,10 +48,11 @@ def contrast_weights(
     others.scatter_(2, targets[:, :, None], -math.inf)
     if reference is not None:
         others = others.masked_fill(~reference, -math.inf)
-    if math.isinf(temperature):
+    # Past the range of the dtype a temperature is its limit.
+    if temperature > torch.finfo(z.dtype).max:
         taken = others > -math.inf
         q = taken.to(z.dtype) / taken.sum(dim=2, keepdim=True)
-    elif temperature == 0:
+    elif temperature < torch.finfo(z.dtype).tiny:
         q = F.one_hot(others.argmax(dim=2), z.shape[1]).to(z.dtype)
     else:
         # The maximum goes first: z / T overflows for a small T.
