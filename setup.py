@@ -60,7 +60,7 @@ setup(
     ],
     extras_require={
         "models": MODELS,
-        "demo": DEMO,
+        "demo": [*MODELS, *DEMO],
         "bench": [*MODELS, *BENCH],
         # setuptools: a test builds the wheel without fetching a build environment.
         "test": [

@@ -37,6 +37,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     # PyTorch is imported with the first name that needs it, so that `diffcam --help` is quick.
     if name not in _HOMES:

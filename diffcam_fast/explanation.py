@@ -50,6 +50,13 @@ class Explanation:
     method: str
     contrast: str
 
+    def __repr__(self) -> str:
+        n, t, h, w = self.maps.shape
+        return (
+            f"Explanation({n} images, {t} targets each, maps {h} x {w}, layer={self.layer!r}, "
+            f"method={self.method!r}, contrast={self.contrast!r}, backend={self.backend!r})"
+        )
+
     @property
     def probabilities(self) -> Tensor:
         """Softmax of the logits, (N, K) float32."""

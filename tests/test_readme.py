@@ -5,6 +5,7 @@ A block that must not run says why on its fence: ```bash not-run: REASON.
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shutil
@@ -139,3 +140,20 @@ def test_block_runs(block: Block, workplace: Path) -> None:
     run(["bash", "-euo", "pipefail", "-c", "\n".join(lines)], workplace)
     if any(line.startswith("diffcam explain") for line in lines):
         assert set(workplace.rglob("*")) > before, "it wrote nothing"
+
+
+def test_readme_numbers_are_the_committed_rows() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not re.search(r"@[A-Z]+@", text)
+    with open(ROOT / "benchmarks/results/methods.csv", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            ratio, low, high = (float(row[key]) for key in ("ratio", "ratio_p20", "ratio_p80"))
+            cells = f"| {row['name']} | {ratio:.2f} | {low:.2f} - {high:.2f} |"
+            assert f"{cells} {float(row['median_ms']):.0f} |" in text
+    with open(ROOT / "benchmarks/results/families.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    explained = [row for row in rows if row["supported"] == "yes"]
+    closed = sum(row["head"] == "closed form" for row in explained)
+    exact = sum(float(row["error"]) <= 1e-5 for row in explained)
+    assert f"{len(explained)} of {len(rows)} are explained, {closed} of them in closed form" in text
+    assert f"{exact} agree to 1e-5" in text

@@ -111,7 +111,7 @@ def explain(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    r"""Explains images: for each, where the network looked for its top class.
+    """Explains images: for each, where the network looked for its top class.
 
     IMAGES are files, folders (searched recursively), globs, or - for a list of paths on standard
     input.
@@ -120,7 +120,7 @@ def explain(
     Examples:
       diffcam explain cat.jpg
       diffcam explain photos/ -m torchvision:resnet50 --weights w.safetensors -o out/ --report
-    """
+    """  # noqa: D301 - click takes the control character for: do not rewrap
     console = Console(verbose)
     with stopping_on_signals():
         try:

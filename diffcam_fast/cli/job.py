@@ -126,6 +126,8 @@ def prepare(request: Request, console: Console) -> Job:
     writers = tuple(_make_writer(name, out, request) for name in dict.fromkeys(request.formats))
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(request.model, weights=_weights(request.weights), device=device)
+    if request.weights == "random":
+        console.say("the weights are random: labels and maps mean nothing")
     if request.size is not None:
         loaded = _resized(loaded, _size(request.size))
     explainer = make_explainer(
