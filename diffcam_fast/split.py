@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffcam_fast.running import evaluating, pick_logits
+from diffcam_fast.running import evaluating, is_out_of_memory, pick_logits
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,9 @@ def _vjp(logits: Tensor, leaf: Tensor, d: Tensor) -> Tensor:
         batched = torch.autograd.grad(
             logits, leaf, d.movedim(1, 0), retain_graph=True, is_grads_batched=True
         )[0]
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         # An operator of the head, a custom one say, has no rule for a batch of backwards.
         each = [torch.autograd.grad(logits, leaf, g, retain_graph=True)[0] for g in d.unbind(1)]
         return torch.stack(each, dim=1)

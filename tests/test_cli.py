@@ -28,6 +28,23 @@ from diffcam_fast.images.read import read_image
 from diffcam_fast.methods import METHODS
 from diffcam_fast.models import load_model
 
+ODD_NETWORK = """
+from torch import nn
+
+def broken():
+    return {}["weights"]
+
+def one_channel():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+def misleading():
+    model = one_channel()
+    model[0] = nn.Conv2d(3, 4, 3)
+    model.unused = nn.Linear(4, 1000)
+    model.forward = lambda x: model[3](model[2](model[1](model[0](x))))
+    return model
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -305,6 +322,10 @@ def test_a_single_broken_file_is_exit_3_too(folder: Path) -> None:
         (["photos", "--contrast", "loud"], "'loud' is not one of"),
         (["photos", "--format", "gif"], "'gif' is not one of"),
         (["photos", "--cmap", "nope"], "nope"),
+        (["photos", "--format", "npz", "--report", "--cmap", "nope"], "nope"),
+        (["photos", "-m", "odd_network:broken"], "calling broken failed: KeyError: 'weights'"),
+        (["photos", "-m", "odd_syntax:make"], "importing odd_syntax failed: SyntaxError"),
+        (["photos", "-m", "odd_network:one_channel"], "224 x 224 pixels"),
         (["photos", "--size", "big"], "give a side"),
         (["photos", "--device", "abacus"], "cannot use the device"),
         (["photos", "--labels", "two.txt"], "names 2 classes, the model has 3"),
@@ -319,6 +340,8 @@ def test_wrong_usage_is_exit_2_and_touches_nothing(
     folder: Path, arguments: list[str], said: str
 ) -> None:
     (folder / "two.txt").write_text("a\nb\n")
+    (folder / "odd_syntax.py").write_text("def make(:\n")
+    (folder / "odd_network.py").write_text(ODD_NETWORK)
     before = sorted(folder.rglob("*"))
     model = [] if "-m" in arguments else ["-m", MODEL]
     result = diffcam("explain", *arguments, *model)
@@ -469,3 +492,12 @@ def test_the_default_network_explains_coffee(tmp_path: Path) -> None:
     assert heat.shape == (7, 7)
     y, x = np.unravel_index(heat.argmax(), heat.shape)
     assert (y, x) in {(y, x) for y in (1, 2, 3) for x in (2, 3, 4)}
+
+
+def test_names_of_other_classes_are_not_borrowed(folder: Path) -> None:
+    (folder / "odd_network.py").write_text(ODD_NETWORK)
+    told = diffcam("explain", "photos", "-m", "odd_network:misleading", "--format", "jsonl")
+    assert told.exit_code == 0, told.output
+    lines = (folder / "diffcam-out" / "explanations.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    assert "great white shark" not in "".join(lines)

@@ -173,8 +173,9 @@ def execute(request: "Request", console: Console) -> "tuple[Job, Summary, Path |
         click.ClickException: The run could not go on: no memory, no space, no permission.
     """
     from diffcam_fast.cli.job import prepare
-    from diffcam_fast.cli.run import OutOfMemory, ResumeError, is_out_of_memory, run
+    from diffcam_fast.cli.run import OutOfMemory, ResumeError, run
     from diffcam_fast.cli.summary import write_run_report
+    from diffcam_fast.running import is_out_of_memory
 
     try:
         job = prepare(request, console)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from diffcam_fast.cli.console import Console
 from diffcam_fast.explainer import Explainer
+from diffcam_fast.images.colour import colour_map
 from diffcam_fast.images.inputs import SUFFIXES, Source, find_images
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.models.labels import find_target, read_labels
@@ -24,6 +26,7 @@ from diffcam_fast.outputs.writers import (
     ParquetWriter,
     Writer,
 )
+from diffcam_fast.running import is_out_of_memory
 
 DEFAULT_OUT = Path("diffcam-out")
 # These formats write files of their own for each image, and so can stand beside it.
@@ -112,6 +115,8 @@ def prepare(request: Request, console: Console) -> Job:
         TypeError: The model is no image classifier.
     """
     _check(request)
+    if request.report:
+        colour_map(np.zeros((1, 1)), request.cmap)
     beside = _stands_beside(request)
     out = Path(request.inputs[0]).parent if beside else request.out or DEFAULT_OUT
     sources = find_images(
@@ -130,18 +135,28 @@ def prepare(request: Request, console: Console) -> Job:
         console.say("the weights are random: labels and maps mean nothing")
     if request.size is not None:
         loaded = _resized(loaded, _size(request.size))
-    explainer = make_explainer(
-        loaded,
-        layer=request.layer,
-        method=request.method,
-        contrast=request.contrast,
-        temperature=request.temperature,
-    )
     height, width = loaded.preprocess.size
-    # One image tells the number of classes before any output is touched.
-    trial = explainer(torch.zeros(1, 3, height, width))
+    try:
+        explainer = make_explainer(
+            loaded,
+            layer=request.layer,
+            method=request.method,
+            contrast=request.contrast,
+            temperature=request.temperature,
+        )
+        # One image tells the number of classes before any output is touched.
+        trial = explainer(torch.zeros(1, 3, height, width))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{loaded.name} does not take an image of {height} x {width} pixels: {error}"
+        ) from error
     classes = trial.logits.shape[1]
     labels = loaded.labels if request.labels is None else read_labels(request.labels)
+    if request.labels is None and labels is not None and len(labels) != classes:
+        # The names that were found do not belong to these logits.
+        labels = None
     if request.labels is not None and labels is not None and len(labels) != classes:
         raise ValueError(f"{request.labels} names {len(labels)} classes, the model has {classes}")
     if request.topk is not None and request.topk > classes:

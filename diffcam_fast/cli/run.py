@@ -21,6 +21,7 @@ from diffcam_fast.images.read import ImageError, read_image
 from diffcam_fast.models.labels import label_of
 from diffcam_fast.outputs.ledger import Entry, Ledger
 from diffcam_fast.outputs.writers import JsonlWriter, ParquetWriter, Record, files_of
+from diffcam_fast.running import is_out_of_memory
 
 # Pictures larger than this take longer to compress than the network takes to look at them.
 MAX_VIEW = 1024
@@ -240,14 +241,6 @@ class _Loop:
             self.ledger.append(entries)
         self.summary.entries.extend(entries)
         self.advance(len(entries))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # PyTorch's CPU allocator raises a plain RuntimeError.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _records(

@@ -208,12 +208,17 @@ def _load_factory(spec: str, weights: Weights) -> LoadedModel:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(f"{spec}: importing {module_name} failed: {error}") from error
+            raise _raised(f"importing {module_name}", spec, error) from error
         raise ValueError(f"{spec}: there is no module {error.name!r} in {Path.cwd()}") from None
+    except Exception as error:
+        raise _raised(f"importing {module_name}", spec, error) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ValueError(f"{spec}: {module_name} has no function {attribute!r}")
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise _raised(f"calling {attribute}", spec, error) from error
     if isinstance(made, LoadedModel):
         loaded = made
     elif isinstance(made, nn.Module):
@@ -226,6 +231,10 @@ def _load_factory(spec: str, weights: Weights) -> LoadedModel:
     if isinstance(weights, Path):
         load_weights(loaded.model, weights)
     return loaded
+
+
+def _raised(doing: str, spec: str, error: Exception) -> ValueError:
+    return ValueError(f"{spec}: {doing} failed: {type(error).__name__}: {error}")
 
 
 def _check_name(spec: str, name: str, known: list[str]) -> None:
