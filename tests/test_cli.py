@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -501,3 +502,17 @@ def test_names_of_other_classes_are_not_borrowed(folder: Path) -> None:
     lines = (folder / "diffcam-out" / "explanations.jsonl").read_text().splitlines()
     assert len(lines) == 6
     assert "great white shark" not in "".join(lines)
+
+
+def test_a_file_name_that_is_no_utf8_can_be_printed(folder: Path) -> None:
+    name = os.fsdecode(b"photos/caf\xe9.png")
+    Path("photos/000-red.png").rename(name)
+    process = subprocess.run(
+        command("explain", name, "-m", MODEL),
+        cwd=folder,
+        env=environment(PYTHONUTF8="1"),
+        capture_output=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert b"caf\\udce9.png: red" in process.stdout + process.stderr
+    assert len(list(Path("photos").glob("caf*.overlay.png"))) == 1

@@ -8,6 +8,16 @@ from dataclasses import dataclass
 import click
 
 
+def printable(text: str) -> str:
+    r"""The text with what no terminal takes spelt out: a file name need not be valid UTF-8.
+
+    Example:
+        >>> printable("caf\udce9.jpg") == "caf" + chr(92) + "udce9.jpg"
+        True
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @dataclass(frozen=True)
 class Console:
     """Messages and progress on standard error.
@@ -22,6 +32,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Writes a line, above the progress bar if there is one."""
+        text = printable(text)
         if self._on_terminal():
             from tqdm import tqdm
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from diffcam_fast.cli.console import Console
+from diffcam_fast.cli.console import Console, printable
 
 if TYPE_CHECKING:
     from diffcam_fast.cli.job import Job, Request
@@ -222,7 +222,7 @@ def _print(job: "Job", summary: "Summary", page: Path | None, *, as_json: bool) 
         click.echo(json.dumps(told.as_json(job, summary, page), indent=2))
     else:
         for line in told.as_lines(job, summary, page):
-            click.echo(line)
+            click.echo(printable(line))
 
 
 def _how_to_resume(job: "Job", summary: "Summary") -> str:
