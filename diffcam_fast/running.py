@@ -57,8 +57,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module, _Found(0, module.training, module._compiled_call_impl)
             )
             state.users += 1
-            module.training = False
-            module._compiled_call_impl = None
+            # nn.Module sets attributes slowly, and most models are in this state already.
+            if module.training:
+                module.training = False
+            if module._compiled_call_impl is not None:
+                module._compiled_call_impl = None
     try:
         yield
     finally:
@@ -68,8 +71,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 state.users -= 1
                 if state.users == 0:
                     del _found[module]
-                    module.training = state.training
-                    module._compiled_call_impl = state.compiled
+                    if module.training != state.training:
+                        module.training = state.training
+                    if module._compiled_call_impl is not state.compiled:
+                        module._compiled_call_impl = state.compiled
 
 
 def is_out_of_memory(error: BaseException) -> bool:
