@@ -126,12 +126,27 @@ class Contrast:
             ValueError: one class only; a reference class that is out of range or is a target;
                 weights that do not fit the logits, do not sum to 1, or are not 0 at a target.
         """
-        compared = self._reference_mask(logits, targets)
-        weights = self._weights(logits, targets)
-        gradient: Tensor = ops.contrast_gradient(
-            logits, targets, self.temperature, compared, weights
-        )
+        gradient: Tensor
+        gradient, _, _ = ops.contrast_gradient(logits, targets, *self.operands(logits, targets))
         return gradient
+
+    def operands(
+        self, logits: Tensor, targets: Tensor | None
+    ) -> tuple[float | None, Tensor | None, Tensor | None]:
+        """What the operators `diffcam_kernels.ops.contrast_*` take beside logits (N, K) and targets
+        (N, T), None for the prediction: temperature, reference (N, T, K) and weights (N, K).
+
+        Raises:
+            ValueError: as for `gradient`.
+        """
+        if self.reference is None and self.weights is None:
+            return self.temperature, None, None
+        known = reference.predicted(logits) if targets is None else targets
+        return (
+            self.temperature,
+            self._reference_mask(logits, known),
+            self._weights(logits, known),
+        )
 
     def _reference_mask(self, logits: Tensor, targets: Tensor) -> Tensor | None:
         if self.reference is None:

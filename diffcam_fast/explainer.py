@@ -15,7 +15,8 @@ from diffcam_fast.explanation import Explanation
 from diffcam_fast.methods import get_method
 from diffcam_fast.running import OutputError, tensor_named, unwrap
 from diffcam_fast.split import Split, forward, head_gradients
-from diffcam_kernels import ops, reference
+from diffcam_kernels import ops
+from diffcam_kernels.settings import uses_kernels
 
 # The sizes that image classifiers are made for, tried in this order where the model does not tell
 # its own.
@@ -170,14 +171,14 @@ class Explainer:
         assert found.weight is not None
         split = forward(self._model, images, found.layer, channel_axis=found.channel_axis)
         with _plain_float32(images):
-            classes = _resolve(targets, topk, split.logits)
-            d = self._contrast.gradient(split.logits, classes)
+            asked = _resolve(targets, topk, split.logits)
             weight = tensor_named(self._model, found.weight).detach().flatten(1)
             cells = split.activations.shape[2] * split.activations.shape[3]
-            maps = ops.pooled_cam(
-                split.activations, ops.channel_weights(d, weight, cells), self._relu
+            weights, classes, scores = ops.contrast_channel_weights(
+                split.logits, weight, cells, asked, *self._contrast.operands(split.logits, asked)
             )
-        return self._explanation(split, classes, d, maps, found, "closed form")
+            maps = ops.pooled_cam(split.activations, weights, self._relu)
+        return self._explanation(split, classes, scores, maps, found, "closed form")
 
     def _backward(
         self, images: Tensor, targets: Targets, topk: int | None, found: Inspection
@@ -186,9 +187,12 @@ class Explainer:
 
         def cotangents(logits: Tensor) -> Tensor:
             with _plain_float32(logits):
-                classes = _resolve(targets, topk, logits)
-                d = self._contrast.gradient(logits, classes)
-            chosen.append((classes, d))
+                asked = _resolve(targets, topk, logits)
+                d: Tensor
+                d, classes, scores = ops.contrast_gradient(
+                    logits, asked, *self._contrast.operands(logits, asked)
+                )
+            chosen.append((classes, scores))
             return d
 
         split = head_gradients(
@@ -199,24 +203,29 @@ class Explainer:
             channel_axis=found.channel_axis,
             probabilities=found.probabilities,
         )
-        [(classes, d)] = chosen
+        [(classes, scores)] = chosen
         with _plain_float32(images):
             maps = ops.gradient_cam(
                 split.activations, split.gradients, self._method.reduction, self._relu
             )
-        return self._explanation(split, classes, d, maps, found, "backward of the head")
+        return self._explanation(split, classes, scores, maps, found, "backward of the head")
 
     def _explanation(
-        self, split: Split, classes: Tensor, d: Tensor, maps: Tensor, found: Inspection, how: str
+        self,
+        split: Split,
+        classes: Tensor,
+        scores: Tensor,
+        maps: Tensor,
+        found: Inspection,
+        how: str,
     ) -> Explanation:
-        with _plain_float32(maps):
-            scores, maps = reference.contrast_score(split.logits, d).float(), maps.float()
+        kernels = "triton" if uses_kernels(split.logits, split.activations) else "torch"
         return Explanation(
             logits=split.logits,
             targets=classes,
-            scores=scores,
-            maps=maps,
-            backend=f"torch ({maps.device}), {how}",
+            scores=scores.float(),
+            maps=maps.float(),
+            backend=f"{kernels} ({maps.device}), {how}",
             layer=found.layer,
             method=self._method.name,
             contrast=self._contrast.name,
@@ -311,17 +320,17 @@ def _size(images: Tensor) -> tuple[int, int]:
     return images.shape[2], images.shape[3]
 
 
-def _resolve(targets: Targets, topk: int | None, logits: Tensor) -> Tensor:
-    """Targets as (N, T) int64 on the device of the logits, checked against their classes."""
+def _resolve(targets: Targets, topk: int | None, logits: Tensor) -> Tensor | None:
+    """Targets as (N, T) int64 on the device of the logits, checked against their classes; None is
+    the prediction, which the operators find themselves.
+    """
     n, k = logits.shape
     if topk is not None:
         if not 1 <= topk <= k:
             raise ValueError(f"topk must be from 1 to the {k} classes, got {topk}")
         return logits.topk(topk, dim=1).indices
     if targets is None or (isinstance(targets, str) and targets == "predicted"):
-        return (
-            logits.argmax(dim=1, keepdim=True) if n else logits.new_zeros((0, 1), dtype=torch.int64)
-        )
+        return None
     if isinstance(targets, str):
         raise ValueError(f"targets must be classes or 'predicted', got {targets!r}")
     classes = torch.as_tensor(targets)

@@ -98,14 +98,19 @@ class Explanation:
         Raises:
             ValueError: the images have another shape, count, dtype or range.
         """
-        from diffcam_fast.images.colour import blend
+        from diffcam_fast.images.colour import alpha_share, colour_table
 
         pictures = _pictures(images)
         if pictures.shape[0] != self.maps.shape[0]:
             raise ValueError(f"{pictures.shape[0]} images for {self.maps.shape[0]} explanations")
-        heatmaps = self.heatmaps((pictures.shape[1], pictures.shape[2])).cpu().numpy()
-        shape = (*heatmaps.shape, 3)
-        return blend(np.broadcast_to(pictures[:, None], shape), heatmaps, alpha=alpha, cmap=cmap)
+        device = self.maps.device
+        overlays: Tensor = ops.overlay(
+            self.maps,
+            torch.tensor(pictures, device=device),
+            torch.tensor(colour_table(cmap), device=device),
+            alpha_share(alpha),
+        )
+        return overlays.cpu().numpy()
 
     def to_numpy(self) -> dict[str, np.ndarray]:
         """`logits`, `targets`, `scores` and `maps` as arrays in host memory; bfloat16 logits become

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 MID_GREY = 128
-"""What stands for a value that is not a number."""
+"""What stands for a value that is not a number, as in `diffcam_kernels.reference`."""
 
 
 def colour_map(heatmap: ArrayLike, cmap: str = "turbo") -> NDArray[np.uint8]:
@@ -36,7 +36,7 @@ def colour_map(heatmap: ArrayLike, cmap: str = "turbo") -> NDArray[np.uint8]:
     missing = np.isnan(values)
     # 256 bins of equal width, as matplotlib: 1.0 itself belongs to the last.
     index = np.clip(np.where(missing, 0, values) * 256, 0, 255).astype(np.uint8)
-    colours: NDArray[np.uint8] = _lookup_table(cmap)[index]
+    colours: NDArray[np.uint8] = colour_table(cmap)[index]
     colours[missing] = MID_GREY
     return colours
 
@@ -60,8 +60,7 @@ def blend(
         TypeError: ``images`` is not uint8.
     """
     pixels, heat = np.asarray(images), np.asarray(heatmaps)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; give a number from 0 (image) to 1 (heatmap)")
+    whole = alpha_share(alpha)
     if pixels.dtype != np.uint8:
         raise TypeError(f"images are {pixels.dtype}; give uint8 values from 0 to 255")
     if pixels.ndim < 3 or pixels.shape[-1] != 3 or pixels.shape[-3:-1] != heat.shape[-2:]:
@@ -70,7 +69,7 @@ def blend(
             "give images (..., H, W, 3) and heatmaps (..., H, W) of the same H and W"
         )
     # In integers of 1/256: exact, and a quarter of the memory that floats would take.
-    share = np.uint32(round(alpha * 256))
+    share = np.uint32(whole)
     mixed: NDArray[np.uint32] = pixels * (np.uint32(256) - share) + colour_map(heat, cmap) * share
     return ((mixed + 128) >> 8).astype(np.uint8)
 
@@ -86,8 +85,24 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     return both
 
 
+def alpha_share(alpha: float) -> int:
+    """The weight of the colours in 256ths, 0 to 256.
+
+    Raises:
+        ValueError: ``alpha`` is outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; give a number from 0 (image) to 1 (heatmap)")
+    return round(alpha * 256)
+
+
 @lru_cache(maxsize=16)
-def _lookup_table(cmap: str) -> NDArray[np.uint8]:
+def colour_table(cmap: str) -> NDArray[np.uint8]:
+    """The 256 colours of a colour map, uint8 (256, 3), not to be written.
+
+    Raises:
+        ValueError: No colour map has that name.
+    """
     # Imported here: matplotlib takes long, and only pictures need it.
     import matplotlib
 

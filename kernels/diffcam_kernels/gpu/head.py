@@ -1,0 +1,59 @@
+"""head_cam: all of a pooled linear head, from activations to maps.
+
+    z = W mean_p(A) + b,   w = (e_c - q) W / P,   M[n, t, p] = sum_c w[n, t, c] A[n, c, p]
+
+Plan: four launches, each of which reads its operand once: the mean of each channel, the matrix
+product with W (PyTorch's: nothing of ours belongs there), `contrast_channel_weights`, and
+`pooled_cam`. The maps need every weight, a weight all logits, and a logit all channels: one launch
+would have to wait for the whole device three times, or read W once for each image, 8 MB for
+ResNet-50 where an image's A has 0.4 MB.
+
+Images go in runs whose A fits in half of the L2 cache: A crosses device memory once, and
+`pooled_cam` finds it in the cache. So does the second launch that reads W.
+
+Bytes: A, W and the logits once, the maps once. FLOP: 2 N K C + 2 N T K C + N C P + 2 N T C P.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffcam_kernels.gpu.contrast import contrast_channel_weights
+from diffcam_kernels.gpu.gradient import plan_channel_means
+from diffcam_kernels.gpu.launch import image_chunks
+from diffcam_kernels.gpu.pooled import plan_pooled_cam
+
+
+def head_cam(
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    temperature: float | None,
+    relu: bool,
+    reference: Tensor | None,
+    blend: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `diffcam_kernels.reference.head_cam`."""
+    n, c, height, width = activations.shape
+    t = 1 if targets is None else targets.shape[1]
+    maps = activations.new_empty((n, t, height, width), dtype=torch.float32)
+    logits, scores = maps.new_empty((n, weight.shape[0])), maps.new_empty((n, t))
+    chosen = maps.new_empty((n, t), dtype=torch.int64)
+    product, shift = weight.to(torch.float32), None if bias is None else bias.to(torch.float32)
+    for run in image_chunks(activations):
+        part = activations[run]
+        means = maps.new_empty((len(part), c))
+        plan_channel_means(part, means).run()
+        logits[run] = F.linear(means, product, shift)
+        w, chosen[run], scores[run] = contrast_channel_weights(
+            logits[run],
+            weight,
+            height * width,
+            None if targets is None else targets[run],
+            temperature,
+            None if reference is None else reference[run],
+            None if blend is None else blend[run],
+        )
+        plan_pooled_cam(part, w, maps[run], relu).run()
+    return maps, logits, chosen, scores

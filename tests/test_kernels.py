@@ -1,0 +1,358 @@
+"""The Triton kernels against the definitions in float64: in the interpreter, or on a GPU."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffcam_fast import Explainer
+from diffcam_kernels import ops, reference
+from networks import Overwritten, images, pooled, with_mlp
+
+launch = pytest.importorskip("diffcam_kernels.gpu.launch")
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GENERATOR = torch.Generator().manual_seed(0)
+# Error of the kernels over the largest value, above that of PyTorch in the same dtype. float32 sums
+# of some thousand terms are good to 1e-6; half-precision operands are exact in float32.
+TOLERANCE = 2e-6
+LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
+HALVES = [torch.float16, torch.bfloat16]
+SHAPES = [(0, 3, 7, 7), (1, 37, 7, 7), (2, 5, 13, 9), (3, 64, 1, 1), (1, 70, 2, 9)]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every operator runs its kernel, into memory that holds NaN."""
+    monkeypatch.setenv("DIFFCAM_KERNELS", "triton")
+    # Plans for a small device have few programs, which the interpreter runs one after the other.
+    monkeypatch.setattr(launch, "TYPICAL", launch.Device(processors=4, cache=50 * 2**20))
+    with poisoned():
+        yield
+
+
+class poisoned:
+    """New tensors are full of NaN, or of the largest integer."""
+
+    def __enter__(self) -> None:
+        self.flags = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+    def __exit__(self, *error: object) -> None:
+        torch.use_deterministic_algorithms(self.flags)
+
+
+def test_new_memory_is_poisoned() -> None:
+    assert torch.empty(3).isnan().all()
+    assert torch.zeros(2).new_empty((3, 2)).isnan().all()
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Tensor:
+    """Normal numbers; an activation (..., C, h, w) in one of `LAYOUTS`."""
+    if layout == "sliced":
+        wide = (*shape[:-3], shape[-3] + 2, 2 * shape[-2], shape[-1] + 3)
+        found = torch.randn(*wide, generator=GENERATOR)[..., 1:-1, ::2, 2:-1]
+    elif layout == "expanded":
+        found = torch.randn(1, *shape[1:], generator=GENERATOR).expand(shape)
+    else:
+        found = torch.randn(*shape, generator=GENERATOR)
+    found = found.to(device=DEVICE, dtype=dtype)
+    return (
+        found.movedim(-3, -1).contiguous().movedim(-1, -3) if layout == "channels_last" else found
+    )
+
+
+def integers(high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.randint(high, shape, generator=GENERATOR, dtype=dtype).to(DEVICE)
+
+
+def check(found: Tensor, expected: Tensor, eager: Tensor | None = None) -> None:
+    """Same shape and NaN; as close to float64 as PyTorch comes, and `TOLERANCE` more."""
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    if not found.numel():
+        return
+    assert torch.equal(found.isnan(), expected.isnan())
+    scale = expected.nan_to_num().abs().max().clamp_min(1e-30)
+
+    def error(values: Tensor) -> float:
+        return float(((values.double() - expected).nan_to_num().abs() / scale).max())
+
+    assert error(found) <= (0.0 if eager is None else error(eager)) + TOLERANCE
+
+
+def double(*operands: Tensor | None) -> list[Tensor | None]:
+    return [t.double() if t is not None and t.is_floating_point() else t for t in operands]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("targets", [1, 5, 9])
+def test_pooled_cam(shape: tuple[int, ...], layout: str, targets: int) -> None:
+    a, w = random(*shape, layout=layout), random(shape[0], targets, shape[1])
+    expected = reference.pooled_cam(a.double(), w.double(), False)
+    check(ops.pooled_cam(a, w, False), expected, reference.pooled_cam(a, w, False))
+    check(ops.pooled_cam(a, w, True), expected.relu(), reference.pooled_cam(a, w, True))
+
+
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layouts", [*zip(LAYOUTS, LAYOUTS, strict=True), LAYOUTS[:2]])
+def test_gradient_cam(reduction: str, shape: tuple[int, ...], layouts: tuple[str, str]) -> None:
+    a = random(*shape, layout=layouts[0]).relu()
+    g = random(shape[0], 3, *shape[1:], layout=layouts[1])
+    expected = reference.gradient_cam(a.double(), g.double(), reduction, False)
+    eager = reference.gradient_cam(a, g, reduction, False)
+    check(ops.gradient_cam(a, g, reduction, False), expected, eager)
+    check(ops.gradient_cam(a, g, reduction, True), expected.relu(), eager.relu())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_half_precision(dtype: torch.dtype, layout: str) -> None:
+    a, w = random(2, 70, 5, 6, dtype=dtype, layout=layout), random(2, 3, 70)
+    check(ops.pooled_cam(a, w, False), reference.pooled_cam(a.double(), w.double(), False))
+    g = random(2, 2, 70, 5, 6, dtype=dtype, layout=layout)
+    for reduction in reference.REDUCTIONS:
+        positive = a.abs()
+        expected = reference.gradient_cam(positive.double(), g.double(), reduction, False)
+        check(ops.gradient_cam(positive, g, reduction, False), expected)
+    check(
+        ops.eigen_cam(a, True),
+        reference.eigen_cam(a.double(), True),
+        reference.eigen_cam(a.float(), True),
+    )
+    z, weight = random(3, 40, dtype=dtype), random(40, 70, dtype=dtype)
+    d = reference.contrast_gradient(z.double(), reference.predicted(z), 1.0)
+    w, _, _ = ops.contrast_channel_weights(z, weight, 30, None, 1.0)
+    check(w, reference.channel_weights(d, weight.double(), 30))
+
+
+def test_more_cells_than_a_tile() -> None:
+    a, g = random(1, 3, 40, 41).relu(), random(1, 1, 3, 40, 41)
+    for reduction in reference.REDUCTIONS:
+        expected = reference.gradient_cam(a.double(), g.double(), reduction, False)
+        eager = reference.gradient_cam(a, g, reduction, False)
+        check(ops.gradient_cam(a, g, reduction, False), expected, eager)
+
+
+def test_runs_of_images_that_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = random(5, 4, 3, 3)
+    monkeypatch.setattr(
+        launch, "device_of", lambda tensor: launch.Device(132, cache=2 * 4 * 9 * 4 * 2)
+    )
+    assert list(launch.image_chunks(whole)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    g = random(5, 2, 4, 3, 3)
+    check(
+        ops.gradient_cam(whole, g, "xgrad_cam", True),
+        reference.gradient_cam(whole.double(), g.double(), "xgrad_cam", True),
+        reference.gradient_cam(whole, g, "xgrad_cam", True),
+    )
+
+
+TEMPERATURES = [None, 0.0, 1e-39, 1e-30, 0.3, 1.0, 1e39, math.inf]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("n", "t", "k", "c"), [(1, 1, 1000, 37), (3, 2, 10, 5), (0, 2, 5, 3)])
+@pytest.mark.parametrize("asked", [True, False])
+def test_contrast(temperature: float | None, n: int, t: int, k: int, c: int, asked: bool) -> None:
+    z, weight = 3 * random(n, k), random(k, c)
+    targets = integers(k, n, t) if asked else None
+    chosen = reference.predicted(z) if targets is None else targets
+    d = reference.contrast_gradient(z.double(), chosen, temperature)
+    eager = reference.contrast_gradient(z, chosen, temperature)
+    scores = reference.contrast_score(z.double(), d)
+    found, classes, found_scores = ops.contrast_gradient(z, targets, temperature)
+    check(found, d, eager)
+    check(found_scores, scores, reference.contrast_score(z, eager))
+    assert torch.equal(classes, chosen)
+    w, classes, found_scores = ops.contrast_channel_weights(z, weight, 49, targets, temperature)
+    expected = reference.channel_weights(d, weight.double(), 49)
+    check(w, expected, reference.channel_weights(eager, weight, 49))
+    check(found_scores, scores, reference.contrast_score(z, eager))
+    assert torch.equal(classes, chosen)
+
+
+@pytest.mark.parametrize("k", [2, 21841])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_contrast_of_few_and_of_many_classes(k: int, rows: int) -> None:
+    z, weight = random(rows, k), random(k, 3)
+    d = reference.contrast_gradient(z.double(), reference.predicted(z), 1.0)
+    check(ops.contrast_gradient(z, None, 1.0)[0], d)
+    w = ops.contrast_channel_weights(z, weight, 7, None, 1.0)[0]
+    eager = reference.channel_weights(d.float(), weight, 7)
+    check(w, reference.channel_weights(d, weight.double(), 7), eager)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, math.inf])
+def test_contrast_with_chosen_classes_and_given_weights(temperature: float) -> None:
+    z, targets = random(4, 6), torch.tensor([[0, 3], [5, 0], [3, 3], [2, 5]], device=DEVICE)
+    mask = torch.tensor([False, True, False, False, True, False], device=DEVICE).expand(4, 2, 6)
+    q = torch.rand(6, generator=GENERATOR).to(DEVICE).softmax(0).expand(4, 6)
+    for operands in [(mask, None), (None, q)]:
+        d = reference.contrast_gradient(z.double(), targets, temperature, *double(*operands))
+        found, _, scores = ops.contrast_gradient(z, targets, temperature, *operands)
+        check(found, d)
+        check(scores, reference.contrast_score(z.double(), d))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, math.inf])
+def test_logits_that_are_no_numbers(temperature: float) -> None:
+    z = random(4, 6)
+    z[0, 2], z[1, :3], z[2, 1], z[3, 0] = math.nan, -math.inf, 80, -60
+    targets = torch.tensor([[0, 2], [4, 5], [1, 2], [2, 2]], device=DEVICE)
+    d = reference.contrast_gradient(z.double(), targets, temperature)
+    found, _, scores = ops.contrast_gradient(z, targets, temperature)
+    check(found, d)
+    check(scores, reference.contrast_score(z.double(), d))
+
+
+def test_ties_take_the_lowest_class() -> None:
+    z = torch.tensor([[1.0, 2.0, 2.0, 2.0]], device=DEVICE)
+    d, chosen, _ = ops.contrast_gradient(z, None, 0.0)
+    assert chosen.tolist() == [[1]]
+    assert d.tolist() == [[[0, 1, -1, 0]]]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_head_cam(asked: bool, biased: bool) -> None:
+    a, weight = random(3, 20, 5, 4, layout="channels_last"), random(11, 20)
+    bias = random(11) if biased else None
+    operands = (bias, integers(11, 3, 2) if asked else None)
+    found = ops.head_cam(a, weight, *operands, 1.0, True)
+    exact = reference.head_cam(*double(a, weight, *operands), 1.0, True)
+    eager = reference.head_cam(a, weight, *operands, 1.0, True)
+    assert torch.equal(found[2], exact[2])
+    for i in (0, 1, 3):
+        check(found[i], exact[i], eager[i])
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 7, 7), (1, 5, 8, 8), (2, 3, 1, 1), (1, 6, 9, 13)])
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+def test_eigen_cam(shape: tuple[int, ...], center: bool, layout: str) -> None:
+    a = random(*shape, layout=layout).relu()
+    expected, eager = reference.eigen_cam(a.double(), center), reference.eigen_cam(a, center)
+    check(ops.eigen_cam(a, center), expected, eager)
+
+
+def test_eigen_cam_of_nothing_and_of_nan() -> None:
+    a = random(3, 4, 3, 3)
+    a[0], a[1, 2, 0, 1] = 0, math.nan
+    maps = ops.eigen_cam(a, True)
+    assert (maps[0] == 0).all() and maps[1].isnan().all() and maps[2].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [((7, 7), (20, 31)), ((1, 1), (3, 3)), ((40, 30), (17, 11))])
+def test_heatmap(size: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    small, large = size
+    maps = random(2, 3, *small)
+    maps[0, 0], maps[1, 1, 0, 0] = 3, math.nan
+    check(
+        ops.heatmap(maps, *large),
+        reference.heatmap(maps.double(), *large),
+        reference.heatmap(maps, *large),
+    )
+    half = ops.heatmap(maps, *large, torch.float16)
+    expected = reference.heatmap(maps.double(), *large)
+    assert half.dtype == torch.float16
+    assert ((half.double() - expected).nan_to_num().abs() <= 2.5e-4).all()
+    whole = ops.heatmap(maps, *large, torch.uint8).int()
+    assert ((whole - (255 * expected).nan_to_num()).abs() <= 0.501).all()
+
+
+def test_heatmap_takes_any_view() -> None:
+    maps = random(2, 6, 7, 7)[:, ::2]
+    check(ops.heatmap(maps, 9, 9), reference.heatmap(maps.double(), 9, 9))
+
+
+def test_overlay() -> None:
+    maps = random(2, 2, 7, 5)
+    maps[1, 1, 0, 0] = math.nan
+    pictures = integers(256, 2, 23, 18, 3, dtype=torch.uint8)
+    colours = integers(256, 256, 3, dtype=torch.uint8)
+    found = ops.overlay(maps, pictures, colours, 100)
+    expected = reference.overlay(maps, pictures, colours, 100)
+    # A value at the edge of two colours may take either.
+    assert (found == expected).all(dim=4).float().mean() > 0.995
+    assert torch.equal(found[1, 1], expected[1, 1])
+    unchanged = ops.overlay(maps, pictures, colours, 0)
+    assert torch.equal(unchanged, pictures[:, None].expand_as(unchanged))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_preprocess(channels_last: bool, channels: int) -> None:
+    pictures = integers(256, 2, 9, 14, channels, dtype=torch.uint8)
+    mean, std = [0.4, 0.5, 0.6, 0.1][:channels], [0.2, 0.3, 0.25, 1.0][:channels]
+    for view in (pictures, pictures[:, ::2, 1:]):
+        expected = reference.preprocess(view, mean, std, torch.float32, channels_last)
+        found = ops.preprocess(view, mean, std, torch.float32, channels_last)
+        assert torch.allclose(found, expected, atol=1e-6)
+        assert channels == 1 or found.stride() == expected.stride()
+        # One unit in the last place: the interpreter cuts off where a GPU rounds.
+        for dtype, unit in [(torch.float16, 2**-10), (torch.bfloat16, 2**-7)]:
+            half = ops.preprocess(view, mean, std, dtype, channels_last)
+            assert torch.allclose(half.float(), expected, rtol=unit, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    shape=st.tuples(
+        *(st.integers(0 if i == 0 else 1, most) for i, most in enumerate((3, 40, 12, 12)))
+    ),
+    t=st.integers(1, 4),
+    step=st.integers(1, 2),
+    axes=st.permutations([1, 2, 3]),
+    reduction=st.sampled_from(list(reference.REDUCTIONS)),
+)
+def test_any_shape_and_stride(
+    shape: tuple[int, int, int, int], t: int, step: int, axes: list[int], reduction: str
+) -> None:
+    n, *rest = shape
+    order = [0, *axes]
+    stored = [n, *(rest[axis - 1] * (step if axis == 2 else 1) for axis in axes)]
+    a = random(*stored).permute([order.index(i) for i in range(4)])[:, :, ::step].relu()
+    w, g = random(n, t, a.shape[1]), random(n, t, *a.shape[1:])
+    expected = reference.pooled_cam(a.double(), w.double(), False)
+    check(ops.pooled_cam(a, w, False), expected, reference.pooled_cam(a, w, False))
+    expected = reference.gradient_cam(a.double(), g.double(), reduction, False)
+    eager = reference.gradient_cam(a, g, reduction, False)
+    check(ops.gradient_cam(a, g, reduction, False), expected, eager)
+
+
+def test_an_image_has_the_same_map_alone_and_in_a_batch_and_again() -> None:
+    a, g = random(4, 30, 7, 7), random(4, 2, 30, 7, 7)
+    calls: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda a, g: ops.pooled_cam(a, g.mean(dim=(3, 4)), True),
+        lambda a, g: ops.gradient_cam(a, g, "layer_cam", True),
+        lambda a, g: ops.gradient_cam(a, g, "grad_cam_pp", True),
+        lambda a, g: ops.eigen_cam(a, True)[:, None],
+    ]
+    for call in calls:
+        whole = call(a, g)
+        assert torch.equal(call(a[2:3], g[2:3])[0], whole[2])
+        assert torch.equal(call(a, g), whole)
+
+
+@pytest.mark.parametrize("make", [pooled, with_mlp, Overwritten])
+def test_the_engine_explains_alike_with_and_without_kernels(
+    make: Callable[[], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explainer = Explainer(make().to(DEVICE), example_inputs=images().to(DEVICE))
+    found = explainer(images().to(DEVICE), topk=2)
+    assert found.backend.startswith("triton")
+    monkeypatch.setenv("DIFFCAM_KERNELS", "reference")
+    expected = explainer(images().to(DEVICE), topk=2)
+    assert expected.backend.startswith("torch")
+    assert torch.equal(found.targets, expected.targets)
+    assert torch.allclose(found.maps, expected.maps, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(found.scores, expected.scores, rtol=1e-5)
