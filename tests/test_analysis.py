@@ -1,5 +1,7 @@
 """Finding the layer and reading the head, on networks that are built to be awkward."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,14 @@ from torch import Tensor, nn
 from diffcam_fast import AnalysisError, Explainer
 from diffcam_fast.analysis import analyse
 from diffcam_fast.analysis.trace import trace
-from networks import Overwritten, images, pooled, with_mlp
+from networks import (
+    Overwritten,
+    expected_maps,
+    images,
+    pooled,
+    relative_error,
+    with_mlp,
+)
 
 
 class Functional(nn.Module):
@@ -249,6 +258,53 @@ def test_a_saturated_softmax_has_the_maps_of_its_logits(gap: float, tail: nn.Mod
     result = Explainer(softmax, relu=False, example_inputs=images())(images(), targets)
     assert torch.allclose(result.maps, logits.maps, atol=1e-6)
     assert torch.allclose(result.logits, logits.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [1.0, 400.0])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda a, b: {"logits": a, "aux": b},
+        lambda a, b: {"aux": b, "logits": a.detach()[:, :, None, None]},
+        lambda a, b: (a.double().reshape(-1, 5), b[:, None]),
+    ],
+)
+def test_the_softmax_of_the_head_that_is_explained(
+    gap: float, wrap: Callable[[Tensor, Tensor], object]
+) -> None:
+    class TwoHeads(nn.Module):
+        """Both heads saturate at the same class, so that their probabilities are equal."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.first, self.second = pooled()[:2], pooled()[2], nn.Linear(8, 5)
+            with torch.no_grad():
+                for head in (self.first, self.second):
+                    head.bias.copy_(torch.arange(5.0) * gap)
+
+        def forward(self, x: Tensor) -> object:
+            a = self.features(x)
+            return wrap(self.first(a).softmax(dim=1), nn.functional.softmax(self.second(a), dim=1))
+
+    model = TwoHeads().eval()
+    result = Explainer(model, relu=False, example_inputs=images())(images(), 4)
+    alone = nn.Sequential(*model.features, model.first)
+    expected = expected_maps(alone, "0", images(), torch.full((3, 1), 4))
+    assert result.layer == "features.0"
+    assert relative_error(result.maps, expected) < 1e-5
+    assert torch.allclose(result.logits.float(), alone(images()), atol=1e-5)
+
+
+def test_a_softmax_out_of_sight_has_the_maps_of_its_logarithm() -> None:
+    model = nn.Sequential(pooled(), nn.Softmin(dim=1)).eval()
+    assert analyse(model, images(2)).probabilities
+    result = Explainer(model, relu=False, example_inputs=images())(images(), 1)
+    negated = pooled()
+    with torch.no_grad():
+        negated[2].weight.neg_()
+        negated[2].bias.neg_()
+    expected = expected_maps(negated, "0", images(), torch.full((3, 1), 1))
+    assert relative_error(result.maps, expected) < 1e-5
 
 
 def test_a_branch_that_overwrites_the_activation_late() -> None:
