@@ -45,7 +45,8 @@ def forward(model: nn.Module, images: Tensor, layer: str, *, channel_axis: int =
     """
     kept: list[Tensor] = []
     with torch.inference_mode(), evaluating(model), _tapped(model, layer, kept.append):
-        logits = pick_logits(model(images))
+        # A model may normalise its input in place.
+        logits = pick_logits(model(images.clone()))
     activation = _once(kept, layer).movedim(channel_axis, 1)
     # Outside inference mode a clone is an ordinary tensor again, which a caller may change in
     # place.
@@ -112,7 +113,7 @@ def _head_gradients(
     # no_grad outermost: leaving it also undoes what the hook turned on.
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         with _tapped(model, layer, start_recording), mode:
-            logits = pick_logits(model(images))
+            logits = pick_logits(model(images.clone()))
             if isinstance(mode, _BeforeSoftmax):
                 logits = mode.logits_of(logits)
         leaf = _once(leaves, layer)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcam_fast import Contrast, Explainer
+from diffcam_fast.analysis import analyse
 from networks import Overwritten, expected_maps, images, pooled, relative_error, with_mlp
 
 TARGETS = torch.tensor([[3], [1], [2]])
@@ -316,6 +317,40 @@ def test_the_callers_images_are_not_written_to(model: nn.Module) -> None:
     kept = given.detach().clone()
     Explainer(model)(given, TARGETS)
     assert torch.equal(given.detach(), kept) and given.grad is None and given.requires_grad
+
+
+class InPlace(nn.Module):
+    """Normalises its input in place, and runs its features under no_grad."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.features, self.head = net[0], net[1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(1.0).div_(0.5)
+        with torch.no_grad():
+            a = self.features(x)
+        logits: Tensor = self.head(a)
+        return logits
+
+
+@pytest.mark.parametrize("build", [pooled, with_mlp])
+def test_a_model_that_normalises_its_input_in_place(build: Callable[[], nn.Sequential]) -> None:
+    given = images()
+    truth = expected_maps(build(), "0", (images() - 1) / 0.5, TARGETS)
+    model = InPlace(build())
+    result = Explainer(model, relu=False, example_inputs=given)(given, TARGETS)
+    with torch.inference_mode():
+        inside = Explainer(model, relu=False)(given, TARGETS)
+    assert torch.equal(given, images())
+    assert relative_error(result.maps, truth) < 1e-5
+    assert relative_error(inside.maps, truth) < 1e-5
+
+
+def test_an_analysis_leaves_its_images_as_they_are() -> None:
+    given = images(2)
+    analyse(InPlace(pooled()).eval(), given)
+    assert torch.equal(given, images(2))
 
 
 def test_a_copy_of_a_model_is_explained_like_the_model(model: nn.Module) -> None:
