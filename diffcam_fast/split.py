@@ -105,10 +105,11 @@ def _head_gradients(
         torch.set_grad_enabled(True)
         if isinstance(mode, _Recording):
             mode.started = True
-        leaf = activation.detach().clone().requires_grad_()
-        leaves.append(leaf)
-        # A leaf may not be written in place, its copy may.
-        return leaf.clone()
+        with torch.inference_mode(False):
+            leaf = activation.detach().clone().requires_grad_()
+            leaves.append(leaf)
+            # A leaf may not be written in place, its copy may.
+            return leaf.clone()
 
     # no_grad outermost: leaving it also undoes what the hook turned on.
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
@@ -131,14 +132,20 @@ def _head_gradients(
 
 
 class _Recording(TorchFunctionMode):
-    """Records every call behind the layer, in whatever gradient mode the model makes it."""
+    """Records every call behind the layer, in whatever gradient mode the model makes it.
+
+    In front of the layer it undoes inference mode alone: a value from there that the head reads
+    must be an ordinary tensor, or the backward cannot save it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.started = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch.enable_grad() if self.started else nullcontext():
+        if not self.started and not torch.is_inference_mode_enabled():
+            return func(*args, **(kwargs or {}))
+        with torch.inference_mode(False), torch.set_grad_enabled(self.started):
             return func(*args, **(kwargs or {}))
 
 

@@ -353,6 +353,34 @@ def test_an_analysis_leaves_its_images_as_they_are() -> None:
     assert torch.equal(given, images(2))
 
 
+@pytest.mark.parametrize("build", [pooled, with_mlp])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_a_forward_in_inference_mode(
+    build: Callable[[], nn.Sequential], skip: bool, probabilities: bool
+) -> None:
+    class Net(nn.Module):
+        """With a skip, the backward needs a value from in front of the layer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.head = build()[0], build()[1:]
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = x.square().mean(dim=(1, 2, 3), keepdim=True) if skip else 1.0
+            logits: Tensor = self.head(self.features(x) * weight)
+            return logits.softmax(dim=1) if probabilities and self.serving else logits
+
+    model = Net().eval()
+    model.serving = False
+    truth = expected_maps(model, "features", images(), TARGETS)
+    model.serving = True
+    model.forward = torch.inference_mode()(model.forward)  # type: ignore[method-assign]
+    result = Explainer(model, layer="features", relu=False)(images(), TARGETS)
+    assert relative_error(result.maps, truth) < 1e-5
+    assert not any(t.is_inference() for t in (result.maps, result.logits, result.scores))
+
+
 def test_a_copy_of_a_model_is_explained_like_the_model(model: nn.Module) -> None:
     assert torch.equal(explained(copy.deepcopy(model)), explained(model))
 
