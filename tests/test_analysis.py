@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from diffcam_fast import AnalysisError, Explainer
 from diffcam_fast.analysis import analyse
@@ -323,3 +325,55 @@ def test_a_branch_that_overwrites_the_activation_late() -> None:
     assert "zero (" not in explainer.inspect().reason
     assert "overwrites the activation" in explainer.inspect().reason
     assert explainer(images(), 0).maps.abs().max() > 0
+
+
+class Metric(nn.Module):
+    """Scores the pooled features against prototypes W (K, C), none of which a matrix product reads
+    as they are."""
+
+    def __init__(self, score: Callable[[Tensor, Tensor], Tensor], classes: int = 5) -> None:
+        super().__init__()
+        self.features, self.pool = pooled()[:2]
+        self.prototypes = nn.Parameter(torch.randn(classes, 8))
+        self.score = score
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(self.pool(self.features(x)), self.prototypes)
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": lambda a, w: functional.linear(functional.normalize(a), functional.normalize(w)),
+    "cosine_similarity": lambda a, w: functional.cosine_similarity(a[:, None], w, dim=2),
+    "distance": lambda a, w: -torch.cdist(a, w),
+    "squares": lambda a, w: -(a[:, None] - w).square().sum(dim=2),
+    "sum": lambda a, w: (a[:, None] * w).sum(dim=2),
+}
+
+
+@pytest.mark.parametrize("score", METRICS.values(), ids=METRICS)
+@pytest.mark.parametrize("classes", [5, 60])
+def test_a_head_that_compares_with_prototypes(
+    score: Callable[[Tensor, Tensor], Tensor], classes: int
+) -> None:
+    model, targets = Metric(score, classes).eval(), torch.tensor([[3, 0]] * 3)
+    result = Explainer(model, relu=False)(images(), targets)
+    assert result.layer == "features"
+    assert relative_error(result.maps, expected_maps(model, "features", images(), targets)) < 1e-5
+
+
+@pytest.mark.parametrize("parametrize", [weight_norm, spectral_norm])
+def test_a_weight_that_is_computed_on_the_way(
+    parametrize: Callable[[nn.Module], nn.Module],
+) -> None:
+    linear = parametrize(nn.Linear(8, 5, bias=False))
+    model, targets = nn.Sequential(*pooled()[:2], linear).eval(), torch.tensor([[3, 0]] * 3)
+    result = Explainer(model, relu=False)(images(), targets)
+    assert result.layer == "0"
+    assert relative_error(result.maps, expected_maps(model, "0", images(), targets)) < 1e-5
+
+
+def test_a_map_of_class_scores_is_no_layer() -> None:
+    model = nn.Sequential(pooled()[0], nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found = analyse(model.eval(), images(2))
+    assert found.layer == "0"
+    assert "map of class scores" in found.candidates[0].note

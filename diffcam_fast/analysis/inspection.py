@@ -138,7 +138,7 @@ def _candidates(flow: Trace) -> tuple[Candidate, ...]:
         note = ""
         # Past a bottleneck every later operator belongs to the head.
         behind = sum(index > node.index for index in mixing)
-        if not behind:
+        if not behind and node.channels == flow.classes:
             note = "no weights between it and the logits: it is a map of class scores"
         elif _averages(node):
             note = "an average of an earlier activation"
