@@ -81,6 +81,21 @@ def test_other_precisions(model: nn.Module, dtype: torch.dtype) -> None:
     assert relative_error(result.maps, truth) < (1e-6 if dtype == torch.float64 else 0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [24, 48])
+def test_half_precision_keeps_the_closed_form(dtype: torch.dtype, size: int) -> None:
+    half, given = pooled(classes=40, channels=64).to(dtype), images(size=size).to(dtype)
+    result = Explainer(half, relu=False, example_inputs=given)(given, TARGETS)
+    assert result.backend.endswith("closed form")
+    # Exact from the activations on: what half precision does to those is the network's own.
+    with torch.no_grad():
+        activations = half[0](given).double()
+    d = Contrast().gradient(result.logits.double(), TARGETS)
+    weights = d @ half[2].weight.double() / activations[0, 0].numel()
+    exact = torch.einsum("ntc,nchw->nthw", weights, activations).detach()
+    assert relative_error(result.maps, exact) < 1e-5
+
+
 def test_channels_last(model: nn.Module) -> None:
     truth = expected(model)
     result = Explainer(model.to(memory_format=torch.channels_last), relu=False)
