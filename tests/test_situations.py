@@ -477,18 +477,28 @@ def test_another_default_dtype(dtype: torch.dtype) -> None:
     assert result.backend.endswith("closed form")
 
 
-def test_features_beside_logits_are_not_guessed_at() -> None:
-    class Two(nn.Module):
+@pytest.mark.parametrize(
+    ("wrap", "shapes"),
+    [
+        (lambda a, z: (a, z), r"\(2, 8\), \(2, 5\)"),
+        (lambda a, z: {"species": z, "health": 2 * z}, r"\(2, 5\), \(2, 5\)"),
+        (lambda a, z: [z, 2 * z[:, :, None, None]], r"\(2, 5\), \(2, 5, 1, 1\)"),
+    ],
+)
+def test_one_of_several_outputs_is_not_guessed_at(
+    wrap: Callable[[Tensor, Tensor], object], shapes: str
+) -> None:
+    class Several(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.net = pooled()
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, x: Tensor) -> object:
             features = self.net[:2](x)
-            return features, self.net[2](features)
+            return wrap(features, self.net[2](features))
 
-    with pytest.raises(TypeError, match="2 tensors that could be logits"):
-        Explainer(Two(), example_inputs=images())
+    with pytest.raises(TypeError, match=f"2 tensors that could be logits, .*{shapes}; return"):
+        Explainer(Several(), example_inputs=images())
 
 
 def test_maps_under_autocast_are_float32_work() -> None:
