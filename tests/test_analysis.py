@@ -196,6 +196,35 @@ def test_no_spatial_layer_lists_what_there_is() -> None:
         Explainer(model, example_inputs=torch.randn(1, 3, 8, 8))
 
 
+class Branches(nn.Module):
+    """Two branches over the images, and the images themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (
+            nn.Sequential(nn.Conv2d(3, 8, 3), *(nn.Softplus() for _ in range(9))) for _ in range(2)
+        )
+        self.head = nn.Linear(19, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [value.mean(dim=(2, 3)) for value in (self.left(x), self.right(x), x)]
+        logits: Tensor = self.head(torch.cat(values, dim=1))
+        return logits
+
+
+def test_of_branches_the_ends_are_listed_and_can_be_named() -> None:
+    model, targets = Branches().eval(), torch.tensor([[3, 0]] * 3)
+    note = r"\(8, 8, 10\) \(part of the data passes by it\)"
+    with pytest.raises(
+        AnalysisError, match=rf"no layer found.*Candidates: right {note}, left {note}, right"
+    ):
+        Explainer(model, example_inputs=images())
+    for layer in ("left", "right"):
+        result = Explainer(model, layer=layer, relu=False)(images(), targets)
+        expected = expected_maps(model, layer, images(), targets)
+        assert relative_error(result.maps, expected) < 1e-5
+
+
 def test_module_of_another_model_is_refused() -> None:
     with pytest.raises(AnalysisError, match="a Conv2d, is no module inside"):
         Explainer(pooled(), layer=nn.Conv2d(3, 3, 1))
