@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffcam_fast import Contrast, Explainer
+from diffcam_fast import AnalysisError, Contrast, Explainer
 from diffcam_fast.analysis import analyse
 from networks import Overwritten, expected_maps, images, pooled, relative_error, with_mlp
 
@@ -145,6 +145,33 @@ def test_data_parallel(model: nn.Module) -> None:
 def test_torchscript_is_refused_with_what_to_give() -> None:
     with pytest.raises(TypeError, match=r"give the nn.Module it was made from"):
         Explainer(torch.jit.trace(pooled(), images()))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("build", [pooled, with_mlp])
+@pytest.mark.parametrize("part", ["0.0", "1"])
+def test_a_part_in_torchscript(build: Callable[[], nn.Sequential], part: str) -> None:
+    model, truth = build().train(), expected_maps(build(), "0", images(), TARGETS)
+    # A module of the features, or all of the head but its last layer.
+    owner, _, name = part.rpartition(".")
+    scripted = torch.jit.script(model.get_submodule(part))
+    setattr(model.get_submodule(owner), name, scripted)
+    assert relative_error(explained(model), truth) < 1e-5
+    assert scripted.training
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_a_layer_in_torchscript_says_what_to_do() -> None:
+    model = pooled()
+    model[0] = torch.jit.script(model[0])
+    hint = r"takes no hooks.*nn\.Sequential"
+    with pytest.raises(AnalysisError, match=hint):
+        Explainer(model)
+    with pytest.raises(AnalysisError, match=hint):
+        Explainer(model, layer="0")
+    model[0] = nn.Sequential(model[0])
+    truth = expected_maps(pooled(), "0", images(), TARGETS)
+    assert relative_error(explained(model), truth) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
         if chosen is None:
             raise AnalysisError(
                 f"no layer found: {_why_none(flow)}. Name a layer to explain it all the same. "
-                f"{_listing(candidates)}"
+                f"{_about_torchscript(model)}{_listing(candidates)}"
             )
         layer = chosen.name
     node = _node(model, flow, layer, candidates)
@@ -117,7 +117,8 @@ def _node(model: nn.Module, flow: Trace, layer: str, candidates: tuple[Candidate
     node = flow.node_of(layer)
     if node is None:
         raise AnalysisError(
-            f"layer {layer!r} does not run, or returns no tensor of its own. {_listing(candidates)}"
+            f"layer {layer!r} does not run, or returns no tensor of its own. "
+            f"{_about_torchscript(model)}{_listing(candidates)}"
         )
     if len(node.shape) != 4 or node.channel_axis not in (1, 3):
         raise AnalysisError(
@@ -182,6 +183,15 @@ def _why_none(flow: Trace) -> str:
     return (
         "no module before the classifier's weights returns an activation of more than one cell "
         "that all of the data passes through"
+    )
+
+
+def _about_torchscript(model: nn.Module) -> str:
+    if not any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return ""
+    return (
+        "A scripted module m takes no hooks: put nn.Sequential(m) in its place, and that is a "
+        "layer. "
     )
 
 

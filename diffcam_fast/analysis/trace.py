@@ -175,7 +175,8 @@ class _Recorder:
         handles = []
         try:
             for name, module in self.model.named_modules():
-                if name:
+                # TorchScript takes no hooks; its operators are seen all the same.
+                if name and not isinstance(module, torch.jit.ScriptModule):
                     handles.append(module.register_forward_pre_hook(self._enter(name)))
                     handles.append(module.register_forward_hook(self._leave(name)))
             with mode:
