@@ -87,8 +87,8 @@ class Explanation:
         """The heatmaps in colour, blended over the images.
 
         Args:
-            images: uint8 (N, H, W, 3), or float (N, 3, H, W) in [0, 1]: pictures, not the
-                normalised input.
+            images: uint8 (N, H, W, 3) or (N, 3, H, W), or float (N, 3, H, W) in [0, 1]: pictures,
+                not the normalised input.
             alpha: weight of the colours, in [0, 1].
             cmap: name of a matplotlib colour map.
 
@@ -132,8 +132,8 @@ def _pictures(images: Tensor | np.ndarray) -> np.ndarray:
         array = images.float().numpy() if images.is_floating_point() else images.numpy()
     else:
         array = images
-    if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3:
-        return array
+    if array.dtype == np.uint8 and array.ndim == 4 and 3 in (array.shape[1], array.shape[3]):
+        return array if array.shape[3] == 3 else array.transpose(0, 2, 3, 1)
     if np.issubdtype(array.dtype, np.floating) and array.ndim == 4 and array.shape[1] == 3:
         if array.size and (array.min() < 0 or array.max() > 1):
             raise ValueError(
@@ -144,6 +144,6 @@ def _pictures(images: Tensor | np.ndarray) -> np.ndarray:
         pictures: np.ndarray = np.rint(array.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
         return pictures
     raise ValueError(
-        "images must be uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1]; got "
+        "images must be uint8 (N, H, W, 3) or (N, 3, H, W), or float (N, 3, H, W) in [0, 1]; got "
         f"{array.dtype} {array.shape}"
     )

@@ -96,7 +96,7 @@ def pick_logits(output: Any) -> Tensor:
         OutputError: nothing of the kind is there, or it is not clear which one is meant.
     """
     found = _find_logits(output)
-    if len({tensor.shape[1] for tensor in found}) > 1:
+    if len(found) > 1:
         raise OutputError(
             f"the model returns {len(found)} tensors that could be logits, of shapes "
             f"{', '.join(str(tuple(t.shape)) for t in found)}; return them as `logits`"

@@ -9,7 +9,7 @@ activation that the map is made of.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffcam_fast.running import evaluating, is_out_of_memory, pick_logits
 
@@ -44,7 +45,8 @@ def forward(model: nn.Module, images: Tensor, layer: str, *, channel_axis: int =
     """
     kept: list[Tensor] = []
     with torch.inference_mode(), evaluating(model), _tapped(model, layer, kept.append):
-        logits = pick_logits(model(images))
+        # A model may normalise its input in place.
+        logits = pick_logits(model(images.clone()))
     activation = _once(kept, layer).movedim(channel_axis, 1)
     # Outside inference mode a clone is an ordinary tensor again, which a caller may change in
     # place.
@@ -103,16 +105,18 @@ def _head_gradients(
         torch.set_grad_enabled(True)
         if isinstance(mode, _Recording):
             mode.started = True
-        leaf = activation.detach().clone().requires_grad_()
-        leaves.append(leaf)
-        # A leaf may not be written in place, its copy may.
-        return leaf.clone()
+        with torch.inference_mode(False):
+            leaf = activation.detach().clone().requires_grad_()
+            leaves.append(leaf)
+            # A leaf may not be written in place, its copy may.
+            return leaf.clone()
 
     # no_grad outermost: leaving it also undoes what the hook turned on.
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         with _tapped(model, layer, start_recording), mode:
-            output = model(images)
-        logits = pick_logits(mode.input if isinstance(mode, _BeforeSoftmax) else output)
+            logits = pick_logits(model(images.clone()))
+            if isinstance(mode, _BeforeSoftmax):
+                logits = mode.logits_of(logits)
         leaf = _once(leaves, layer)
         if not logits.requires_grad:
             raise _NotRecorded(
@@ -128,29 +132,48 @@ def _head_gradients(
 
 
 class _Recording(TorchFunctionMode):
-    """Records every call behind the layer, in whatever gradient mode the model makes it."""
+    """Records every call behind the layer, in whatever gradient mode the model makes it.
+
+    In front of the layer it undoes inference mode alone: a value from there that the head reads
+    must be an ordinary tensor, or the backward cannot save it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.started = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch.enable_grad() if self.started else nullcontext():
+        if not self.started and not torch.is_inference_mode_enabled():
+            return func(*args, **(kwargs or {}))
+        with torch.inference_mode(False), torch.set_grad_enabled(self.started):
             return func(*args, **(kwargs or {}))
 
 
 class _BeforeSoftmax(_Recording):
-    """Keeps what the last softmax of the model was given."""
+    """Knows of a softmax, and of what is made of its result, what that softmax was given."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.input: Tensor | None = None
+        self._given: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
-        if getattr(func, "__name__", "").partition(".")[0].strip("_") == "softmax":
-            self.input = args[0] if args else (kwargs or {})["input"]
+        source = args[0] if args else (kwargs or {}).get("input")
+        name = getattr(func, "__name__", "").partition(".")[0].strip("_")
+        if name not in ("softmax", "special_softmax"):
+            source = self._given.get(source) if isinstance(source, Tensor) else None
+        if source is not None and isinstance(result, Tensor):
+            self._given[result] = source
         return result
+
+    def logits_of(self, probabilities: Tensor) -> Tensor:
+        """What the softmax behind these probabilities (N, K) was given."""
+        given = self._given.get(probabilities)
+        if given is None:
+            # Inside TorchScript, or named otherwise. The logarithm is off by the same for all
+            # classes, which no softmax sees.
+            return probabilities.log()
+        return given.reshape(probabilities.shape)
 
 
 def _vjp(logits: Tensor, leaf: Tensor, d: Tensor) -> Tensor:

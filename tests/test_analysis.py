@@ -1,13 +1,24 @@
 """Finding the layer and reading the head, on networks that are built to be awkward."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from diffcam_fast import AnalysisError, Explainer
 from diffcam_fast.analysis import analyse
 from diffcam_fast.analysis.trace import trace
-from networks import Overwritten, images, pooled, with_mlp
+from networks import (
+    Overwritten,
+    expected_maps,
+    images,
+    pooled,
+    relative_error,
+    with_mlp,
+)
 
 
 class Functional(nn.Module):
@@ -185,6 +196,35 @@ def test_no_spatial_layer_lists_what_there_is() -> None:
         Explainer(model, example_inputs=torch.randn(1, 3, 8, 8))
 
 
+class Branches(nn.Module):
+    """Two branches over the images, and the images themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (
+            nn.Sequential(nn.Conv2d(3, 8, 3), *(nn.Softplus() for _ in range(9))) for _ in range(2)
+        )
+        self.head = nn.Linear(19, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [value.mean(dim=(2, 3)) for value in (self.left(x), self.right(x), x)]
+        logits: Tensor = self.head(torch.cat(values, dim=1))
+        return logits
+
+
+def test_of_branches_the_ends_are_listed_and_can_be_named() -> None:
+    model, targets = Branches().eval(), torch.tensor([[3, 0]] * 3)
+    note = r"\(8, 8, 10\) \(part of the data passes by it\)"
+    with pytest.raises(
+        AnalysisError, match=rf"no layer found.*Candidates: right {note}, left {note}, right"
+    ):
+        Explainer(model, example_inputs=images())
+    for layer in ("left", "right"):
+        result = Explainer(model, layer=layer, relu=False)(images(), targets)
+        expected = expected_maps(model, layer, images(), targets)
+        assert relative_error(result.maps, expected) < 1e-5
+
+
 def test_module_of_another_model_is_refused() -> None:
     with pytest.raises(AnalysisError, match="a Conv2d, is no module inside"):
         Explainer(pooled(), layer=nn.Conv2d(3, 3, 1))
@@ -251,6 +291,53 @@ def test_a_saturated_softmax_has_the_maps_of_its_logits(gap: float, tail: nn.Mod
     assert torch.allclose(result.logits, logits.logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("gap", [1.0, 400.0])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda a, b: {"logits": a, "aux": b},
+        lambda a, b: {"aux": b, "logits": a.detach()[:, :, None, None]},
+        lambda a, b: (a.double().reshape(-1, 5), b[:, None]),
+    ],
+)
+def test_the_softmax_of_the_head_that_is_explained(
+    gap: float, wrap: Callable[[Tensor, Tensor], object]
+) -> None:
+    class TwoHeads(nn.Module):
+        """Both heads saturate at the same class, so that their probabilities are equal."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.first, self.second = pooled()[:2], pooled()[2], nn.Linear(8, 5)
+            with torch.no_grad():
+                for head in (self.first, self.second):
+                    head.bias.copy_(torch.arange(5.0) * gap)
+
+        def forward(self, x: Tensor) -> object:
+            a = self.features(x)
+            return wrap(self.first(a).softmax(dim=1), nn.functional.softmax(self.second(a), dim=1))
+
+    model = TwoHeads().eval()
+    result = Explainer(model, relu=False, example_inputs=images())(images(), 4)
+    alone = nn.Sequential(*model.features, model.first)
+    expected = expected_maps(alone, "0", images(), torch.full((3, 1), 4))
+    assert result.layer == "features.0"
+    assert relative_error(result.maps, expected) < 1e-5
+    assert torch.allclose(result.logits.float(), alone(images()), atol=1e-5)
+
+
+def test_a_softmax_out_of_sight_has_the_maps_of_its_logarithm() -> None:
+    model = nn.Sequential(pooled(), nn.Softmin(dim=1)).eval()
+    assert analyse(model, images(2)).probabilities
+    result = Explainer(model, relu=False, example_inputs=images())(images(), 1)
+    negated = pooled()
+    with torch.no_grad():
+        negated[2].weight.neg_()
+        negated[2].bias.neg_()
+    expected = expected_maps(negated, "0", images(), torch.full((3, 1), 1))
+    assert relative_error(result.maps, expected) < 1e-5
+
+
 def test_a_branch_that_overwrites_the_activation_late() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
@@ -267,3 +354,55 @@ def test_a_branch_that_overwrites_the_activation_late() -> None:
     assert "zero (" not in explainer.inspect().reason
     assert "overwrites the activation" in explainer.inspect().reason
     assert explainer(images(), 0).maps.abs().max() > 0
+
+
+class Metric(nn.Module):
+    """Scores the pooled features against prototypes W (K, C), none of which a matrix product reads
+    as they are."""
+
+    def __init__(self, score: Callable[[Tensor, Tensor], Tensor], classes: int = 5) -> None:
+        super().__init__()
+        self.features, self.pool = pooled()[:2]
+        self.prototypes = nn.Parameter(torch.randn(classes, 8))
+        self.score = score
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(self.pool(self.features(x)), self.prototypes)
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": lambda a, w: functional.linear(functional.normalize(a), functional.normalize(w)),
+    "cosine_similarity": lambda a, w: functional.cosine_similarity(a[:, None], w, dim=2),
+    "distance": lambda a, w: -torch.cdist(a, w),
+    "squares": lambda a, w: -(a[:, None] - w).square().sum(dim=2),
+    "sum": lambda a, w: (a[:, None] * w).sum(dim=2),
+}
+
+
+@pytest.mark.parametrize("score", METRICS.values(), ids=METRICS)
+@pytest.mark.parametrize("classes", [5, 60])
+def test_a_head_that_compares_with_prototypes(
+    score: Callable[[Tensor, Tensor], Tensor], classes: int
+) -> None:
+    model, targets = Metric(score, classes).eval(), torch.tensor([[3, 0]] * 3)
+    result = Explainer(model, relu=False)(images(), targets)
+    assert result.layer == "features"
+    assert relative_error(result.maps, expected_maps(model, "features", images(), targets)) < 1e-5
+
+
+@pytest.mark.parametrize("parametrize", [weight_norm, spectral_norm])
+def test_a_weight_that_is_computed_on_the_way(
+    parametrize: Callable[[nn.Module], nn.Module],
+) -> None:
+    linear = parametrize(nn.Linear(8, 5, bias=False))
+    model, targets = nn.Sequential(*pooled()[:2], linear).eval(), torch.tensor([[3, 0]] * 3)
+    result = Explainer(model, relu=False)(images(), targets)
+    assert result.layer == "0"
+    assert relative_error(result.maps, expected_maps(model, "0", images(), targets)) < 1e-5
+
+
+def test_a_map_of_class_scores_is_no_layer() -> None:
+    model = nn.Sequential(pooled()[0], nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found = analyse(model.eval(), images(2))
+    assert found.layer == "0"
+    assert "map of class scores" in found.candidates[0].note

@@ -154,7 +154,10 @@ def test_overlay_of_bytes_and_of_floats_agree() -> None:
     pictures = torch.randint(0, 256, (3, 20, 24, 3), dtype=torch.uint8)
     from_bytes = result.overlay(pictures)
     assert from_bytes.shape == (3, 2, 20, 24, 3) and from_bytes.dtype.name == "uint8"
-    assert (from_bytes == result.overlay(pictures.permute(0, 3, 1, 2).float() / 255)).all()
+    channels_second = pictures.permute(0, 3, 1, 2)
+    assert (from_bytes == result.overlay(channels_second)).all()
+    assert (from_bytes == result.overlay(channels_second.contiguous().numpy())).all()
+    assert (from_bytes == result.overlay(channels_second.float() / 255)).all()
     assert (result.overlay(pictures, alpha=0.0) == pictures.numpy()[:, None]).all()
 
 
@@ -183,7 +186,12 @@ def test_overlay_of_bytes_and_of_floats_agree() -> None:
         (
             lambda e: e(images()).overlay(torch.full((3, 3, 4, 4), 2.0)),
             ValueError,
-            "pictures in .0, 1.",
+            r"pictures in .0, 1., got 2 to 2; undo the normalisation first",
+        ),
+        (
+            lambda e: e(images()).overlay(torch.zeros(3, 4, 4, 4, dtype=torch.uint8)),
+            ValueError,
+            r"uint8 \(N, H, W, 3\) or \(N, 3, H, W\), .*; got uint8 \(3, 4, 4, 4\)",
         ),
         (
             lambda e: e(images()).overlay(torch.zeros(2, 3, 4, 4)),

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffcam_fast import Contrast, Explainer
+from diffcam_fast import AnalysisError, Contrast, Explainer
+from diffcam_fast.analysis import analyse
 from networks import Overwritten, expected_maps, images, pooled, relative_error, with_mlp
 
 TARGETS = torch.tensor([[3], [1], [2]])
@@ -80,6 +81,21 @@ def test_other_precisions(model: nn.Module, dtype: torch.dtype) -> None:
     assert relative_error(result.maps, truth) < (1e-6 if dtype == torch.float64 else 0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [24, 48])
+def test_half_precision_keeps_the_closed_form(dtype: torch.dtype, size: int) -> None:
+    half, given = pooled(classes=40, channels=64).to(dtype), images(size=size).to(dtype)
+    result = Explainer(half, relu=False, example_inputs=given)(given, TARGETS)
+    assert result.backend.endswith("closed form")
+    # Exact from the activations on: what half precision does to those is the network's own.
+    with torch.no_grad():
+        activations = half[0](given).double()
+    d = Contrast().gradient(result.logits.double(), TARGETS)
+    weights = d @ half[2].weight.double() / activations[0, 0].numel()
+    exact = torch.einsum("ntc,nchw->nthw", weights, activations).detach()
+    assert relative_error(result.maps, exact) < 1e-5
+
+
 def test_channels_last(model: nn.Module) -> None:
     truth = expected(model)
     result = Explainer(model.to(memory_format=torch.channels_last), relu=False)
@@ -129,6 +145,33 @@ def test_data_parallel(model: nn.Module) -> None:
 def test_torchscript_is_refused_with_what_to_give() -> None:
     with pytest.raises(TypeError, match=r"give the nn.Module it was made from"):
         Explainer(torch.jit.trace(pooled(), images()))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("build", [pooled, with_mlp])
+@pytest.mark.parametrize("part", ["0.0", "1"])
+def test_a_part_in_torchscript(build: Callable[[], nn.Sequential], part: str) -> None:
+    model, truth = build().train(), expected_maps(build(), "0", images(), TARGETS)
+    # A module of the features, or all of the head but its last layer.
+    owner, _, name = part.rpartition(".")
+    scripted = torch.jit.script(model.get_submodule(part))
+    setattr(model.get_submodule(owner), name, scripted)
+    assert relative_error(explained(model), truth) < 1e-5
+    assert scripted.training
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_a_layer_in_torchscript_says_what_to_do() -> None:
+    model = pooled()
+    model[0] = torch.jit.script(model[0])
+    hint = r"takes no hooks.*nn\.Sequential"
+    with pytest.raises(AnalysisError, match=hint):
+        Explainer(model)
+    with pytest.raises(AnalysisError, match=hint):
+        Explainer(model, layer="0")
+    model[0] = nn.Sequential(model[0])
+    truth = expected_maps(pooled(), "0", images(), TARGETS)
+    assert relative_error(explained(model), truth) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -318,6 +361,68 @@ def test_the_callers_images_are_not_written_to(model: nn.Module) -> None:
     assert torch.equal(given.detach(), kept) and given.grad is None and given.requires_grad
 
 
+class InPlace(nn.Module):
+    """Normalises its input in place, and runs its features under no_grad."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.features, self.head = net[0], net[1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(1.0).div_(0.5)
+        with torch.no_grad():
+            a = self.features(x)
+        logits: Tensor = self.head(a)
+        return logits
+
+
+@pytest.mark.parametrize("build", [pooled, with_mlp])
+def test_a_model_that_normalises_its_input_in_place(build: Callable[[], nn.Sequential]) -> None:
+    given = images()
+    truth = expected_maps(build(), "0", (images() - 1) / 0.5, TARGETS)
+    model = InPlace(build())
+    result = Explainer(model, relu=False, example_inputs=given)(given, TARGETS)
+    with torch.inference_mode():
+        inside = Explainer(model, relu=False)(given, TARGETS)
+    assert torch.equal(given, images())
+    assert relative_error(result.maps, truth) < 1e-5
+    assert relative_error(inside.maps, truth) < 1e-5
+
+
+def test_an_analysis_leaves_its_images_as_they_are() -> None:
+    given = images(2)
+    analyse(InPlace(pooled()).eval(), given)
+    assert torch.equal(given, images(2))
+
+
+@pytest.mark.parametrize("build", [pooled, with_mlp])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_a_forward_in_inference_mode(
+    build: Callable[[], nn.Sequential], skip: bool, probabilities: bool
+) -> None:
+    class Net(nn.Module):
+        """With a skip, the backward needs a value from in front of the layer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.head = build()[0], build()[1:]
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = x.square().mean(dim=(1, 2, 3), keepdim=True) if skip else 1.0
+            logits: Tensor = self.head(self.features(x) * weight)
+            return logits.softmax(dim=1) if probabilities and self.serving else logits
+
+    model = Net().eval()
+    model.serving = False
+    truth = expected_maps(model, "features", images(), TARGETS)
+    model.serving = True
+    model.forward = torch.inference_mode()(model.forward)  # type: ignore[method-assign]
+    result = Explainer(model, layer="features", relu=False)(images(), TARGETS)
+    assert relative_error(result.maps, truth) < 1e-5
+    assert not any(t.is_inference() for t in (result.maps, result.logits, result.scores))
+
+
 def test_a_copy_of_a_model_is_explained_like_the_model(model: nn.Module) -> None:
     assert torch.equal(explained(copy.deepcopy(model)), explained(model))
 
@@ -399,18 +504,28 @@ def test_another_default_dtype(dtype: torch.dtype) -> None:
     assert result.backend.endswith("closed form")
 
 
-def test_features_beside_logits_are_not_guessed_at() -> None:
-    class Two(nn.Module):
+@pytest.mark.parametrize(
+    ("wrap", "shapes"),
+    [
+        (lambda a, z: (a, z), r"\(2, 8\), \(2, 5\)"),
+        (lambda a, z: {"species": z, "health": 2 * z}, r"\(2, 5\), \(2, 5\)"),
+        (lambda a, z: [z, 2 * z[:, :, None, None]], r"\(2, 5\), \(2, 5, 1, 1\)"),
+    ],
+)
+def test_one_of_several_outputs_is_not_guessed_at(
+    wrap: Callable[[Tensor, Tensor], object], shapes: str
+) -> None:
+    class Several(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.net = pooled()
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, x: Tensor) -> object:
             features = self.net[:2](x)
-            return features, self.net[2](features)
+            return wrap(features, self.net[2](features))
 
-    with pytest.raises(TypeError, match="2 tensors that could be logits"):
-        Explainer(Two(), example_inputs=images())
+    with pytest.raises(TypeError, match=f"2 tensors that could be logits, .*{shapes}; return"):
+        Explainer(Several(), example_inputs=images())
 
 
 def test_maps_under_autocast_are_float32_work() -> None:

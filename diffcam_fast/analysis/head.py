@@ -115,6 +115,7 @@ def _proven_weight(
     for name in fitting:
         weight = tensor_named(model, name).detach().flatten(1).float()
         expected = (d[:, 0] @ weight / gradients[0, 0].numel())[:, :, None, None]
+        expected = expected.expand_as(gradients)
         error = (gradients - expected).norm() / expected.norm().clamp_min(
             torch.finfo(torch.float32).tiny
         )

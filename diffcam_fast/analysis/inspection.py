@@ -11,6 +11,7 @@ from diffcam_fast.analysis.trace import Node, Trace, trace
 
 # Linear maps and convolutions: three in VGG's head, four in attention pooling.
 _LARGEST_HEAD = 8
+_LISTED = 8
 
 
 class AnalysisError(ValueError):
@@ -48,7 +49,8 @@ class Inspection:
         reason: why it is, or is not.
         weight: name of the head's weight, (K, C) or (K, C, 1, 1), where the form is closed.
         probabilities: the model ends in a softmax; what that is given are the logits.
-        candidates: the layers all of the data passes through, last first.
+        candidates: the layers all of the data passes through, last first; where there are none,
+            the layers nearest to the logits.
     """
 
     layer: str
@@ -83,7 +85,7 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
         if chosen is None:
             raise AnalysisError(
                 f"no layer found: {_why_none(flow)}. Name a layer to explain it all the same. "
-                f"{_listing(candidates)}"
+                f"{_about_torchscript(model)}{_listing(candidates)}"
             )
         layer = chosen.name
     node = _node(model, flow, layer, candidates)
@@ -115,7 +117,8 @@ def _node(model: nn.Module, flow: Trace, layer: str, candidates: tuple[Candidate
     node = flow.node_of(layer)
     if node is None:
         raise AnalysisError(
-            f"layer {layer!r} does not run, or returns no tensor of its own. {_listing(candidates)}"
+            f"layer {layer!r} does not run, or returns no tensor of its own. "
+            f"{_about_torchscript(model)}{_listing(candidates)}"
         )
     if len(node.shape) != 4 or node.channel_axis not in (1, 3):
         raise AnalysisError(
@@ -126,28 +129,44 @@ def _node(model: nn.Module, flow: Trace, layer: str, candidates: tuple[Candidate
 
 
 def _candidates(flow: Trace) -> tuple[Candidate, ...]:
-    """One per spatial value that all data passes through, by the outermost module that returns it,
-    last first.
-    """
+    """One per spatial value that all data passes through, last first."""
     found: list[Candidate] = []
     mixing = [n.index for n in flow.leading_to_logits() if n.parameters and _mixes_channels(n)]
     for node in flow.bottlenecks():
-        once = [name for name in flow.returned_by.get(node.index, ()) if flow.calls[name] == 1]
-        if node.grid is None or not once:
+        name = _module_of(flow, node)
+        if node.grid is None or name is None:
             continue
         note = ""
         # Past a bottleneck every later operator belongs to the head.
         behind = sum(index > node.index for index in mixing)
-        if not behind:
+        if not behind and node.channels == flow.classes:
             note = "no weights between it and the logits: it is a map of class scores"
         elif _averages(node):
             note = "an average of an earlier activation"
         elif behind > max(_LARGEST_HEAD, len(mixing) - behind):
             note = "most of the network lies behind it"
-        # The outermost of the modules that return this value, and the first of its equals.
-        name = min(once, key=lambda name: name.count("."))
         found.append(Candidate(name, (node.channels, *node.grid), note))
-    return tuple(found)
+    return tuple(found) or _bypassed(flow)
+
+
+def _bypassed(flow: Trace) -> tuple[Candidate, ...]:
+    """Of a network of branches: the spatial values nearest to the logits, in all of them."""
+    nodes = flow.leading_to_logits()[::-1]
+    distance = {flow.logits: 0}
+    for node in nodes:
+        for parent in node.parents:
+            distance[parent] = max(distance.get(parent, 0), distance[node.index] + 1)
+    return tuple(
+        Candidate(name, (node.channels, *node.grid), "part of the data passes by it")
+        for node in sorted(nodes, key=lambda node: distance[node.index])
+        if node.grid is not None and (name := _module_of(flow, node)) is not None
+    )[:_LISTED]
+
+
+def _module_of(flow: Trace, node: Node) -> str | None:
+    """The outermost of the modules that return this value and run once, the first of its equals."""
+    once = [name for name in flow.returned_by.get(node.index, ()) if flow.calls[name] == 1]
+    return min(once, key=lambda name: name.count("."), default=None)
 
 
 def _why_none(flow: Trace) -> str:
@@ -167,6 +186,15 @@ def _why_none(flow: Trace) -> str:
     )
 
 
+def _about_torchscript(model: nn.Module) -> str:
+    if not any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return ""
+    return (
+        "A scripted module m takes no hooks: put nn.Sequential(m) in its place, and that is a "
+        "layer. "
+    )
+
+
 def _mixes_channels(node: Node) -> bool:
     return any(kind in node.operator for kind in ("convolution", "mm", "linear"))
 
@@ -179,9 +207,9 @@ def _listing(candidates: tuple[Candidate, ...]) -> str:
     if not candidates:
         return "The model has no candidates."
     shown = ", ".join(
-        f"{c.name} {c.shape}{f' ({c.note})' if c.note else ''}" for c in candidates[:8]
+        f"{c.name} {c.shape}{f' ({c.note})' if c.note else ''}" for c in candidates[:_LISTED]
     )
-    return f"Candidates: {shown}{' ...' if len(candidates) > 8 else ''}"
+    return f"Candidates: {shown}{' ...' if len(candidates) > _LISTED else ''}"
 
 
 def example_images(model: nn.Module, size: tuple[int, int], *, channels: int = 3) -> Tensor:

@@ -123,17 +123,16 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     Raises:
         OutputError: the model returns no logits, or they do not come from its operators.
     """
-    recorder = _Recorder(model, images)
-    quiet = torch.autocast(images.device.type, enabled=False)
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        quiet,
+        torch.autocast(images.device.type, enabled=False),
         evaluating(model),
-        recorder.watching(),
     ):
-        output = model(images)
-        found = pick_logits(output)
+        # A model may normalise its input in place.
+        recorder = _Recorder(model, images.clone())
+        with recorder.watching():
+            found = pick_logits(model(recorder.images))
     logits = recorder.value_of(found)
     if logits is None or logits < 0:
         raise OutputError(
@@ -176,7 +175,8 @@ class _Recorder:
         handles = []
         try:
             for name, module in self.model.named_modules():
-                if name:
+                # TorchScript takes no hooks; its operators are seen all the same.
+                if name and not isinstance(module, torch.jit.ScriptModule):
                     handles.append(module.register_forward_pre_hook(self._enter(name)))
                     handles.append(module.register_forward_hook(self._leave(name)))
             with mode:
