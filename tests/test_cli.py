@@ -334,6 +334,7 @@ def test_a_single_broken_file_is_exit_3_too(folder: Path) -> None:
         (["photos", "--weights", "no.pth"], "there is no weights file"),
         (["photos", "--batch-size", "0"], "0 is not in the range"),
         (["missing"], "no such file"),
+        (["x" * 300], "no such file"),
         ([], "no images were given"),
     ],
 )

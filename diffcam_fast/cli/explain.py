@@ -114,7 +114,7 @@ def explain(
     """Explains images: for each, where the network looked for its top class.
 
     IMAGES are files, folders (searched recursively), globs, or - for a list of paths on standard
-    input.
+    input. Folders and globs leave out overlays and heatmaps of earlier runs.
 
     \b
     Examples:

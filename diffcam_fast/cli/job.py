@@ -1,6 +1,7 @@
 """From the options of ``diffcam explain`` to everything that a run needs, checked."""
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -218,7 +219,7 @@ def _check(request: Request) -> None:
         raise ValueError("--target and --topk exclude each other")
     if request.out is not None and request.out.suffix.lower() in SUFFIXES:
         raise ValueError(f"-o names a folder, got {request.out}; files are named after the images")
-    if request.out is not None and request.out.exists() and not request.out.is_dir():
+    if request.out is not None and os.path.exists(request.out) and not os.path.isdir(request.out):
         raise ValueError(f"-o names a folder, but {request.out} is a file")
 
 
@@ -229,7 +230,7 @@ def _stands_beside(request: Request) -> bool:
         and not (request.report or request.resume)
         and _BESIDE.issuperset(request.formats)
         and len(request.inputs) == 1
-        and Path(request.inputs[0]).is_file()
+        and os.path.isfile(request.inputs[0])
     )
 
 
