@@ -181,7 +181,7 @@ def execute(request: "Request", console: Console) -> "tuple[Job, Summary, Path |
         job = prepare(request, console)
     except (ValueError, TypeError) as error:
         raise click.UsageError(str(error)) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise click.ClickException("out of memory while loading the model") from error
