@@ -245,6 +245,27 @@ def test_inputs_from_a_list_and_from_stdin(folder: Path) -> None:
     assert summary("photos/*red*", "-o", "c")["counts"]["explained"] == 2
 
 
+@pytest.mark.parametrize("way", ["--list", "-"])
+def test_a_list_holds_names_of_any_bytes(folder: Path, way: str) -> None:
+    name = os.fsdecode(b"photos/caf\xe9.png")
+    Path("photos/000-red.png").rename(name)
+    names = b"\xef\xbb\xbfphotos/001-green.png\n" + os.fsencode(name) + b"\n"
+    (folder / "list.txt").write_bytes(names)
+    arguments = ["--list", "list.txt"] if way == "--list" else ["-"]
+    # A locale such as de_DE.UTF-8 is strict about what it reads.
+    done = subprocess.run(
+        command("explain", *arguments, "-m", MODEL, "-o", "out", "--json"),
+        cwd=folder,
+        env=environment(PYTHONIOENCODING="utf-8:strict"),
+        input=names,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"]["explained"] == 2
+    assert [entry["path"] for entry in ledger(folder / "out")] == ["photos/001-green.png", name]
+
+
 def _huge_header() -> bytes:
     # A BMP of 60,000 x 60,000 pixels, of which only the header is there.
     side = (60_000).to_bytes(4, "little")

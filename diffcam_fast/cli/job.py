@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def prepare(request: Request, console: Console) -> Job:
     sources = find_images(
         request.inputs,
         text_list=request.text_list,
-        stdin=sys.stdin if "-" in request.inputs else None,
+        stdin=_standard_input() if "-" in request.inputs else None,
         exclude=None if beside else out,
     )
     if not sources:
@@ -234,6 +235,13 @@ def _running(loaded: LoadedModel) -> Iterator[None]:
             f"{loaded.name} does not take an image of {height} x {width} pixels:"
             f" {type(error).__name__}: {error}"
         ) from error
+
+
+def _standard_input() -> TextIO:
+    # A list is read alike from here and from --list, whatever the locale makes of file names.
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+    return sys.stdin
 
 
 def _check(request: Request) -> None:
