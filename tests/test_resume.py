@@ -101,7 +101,7 @@ def test_a_killed_run_resumes_with_every_image_once(folder: Path) -> None:
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         check_pictures(folder / "out")
-    before = {entry["path"] for entry in lines_so_far(folder)}
+    before = {entry["path"] for entry in lines_so_far(folder) if entry["status"] == "done"}
     kept = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*.npz")}
     status, told = finish(folder, "--resume")
     assert status == 3
@@ -113,10 +113,10 @@ def test_a_killed_run_resumes_with_every_image_once(folder: Path) -> None:
         "resumed": len(before),
         "not_finite": 0,
     }
-    assert 13 <= len(before) < COUNT
+    assert 12 <= len(before) < COUNT - 1
     check_whole(folder)
     # What was finished before was not made again.
-    done = {folder / "out" / f"{Path(path).stem}.npz" for path in before if "broken" not in path}
+    done = {folder / "out" / f"{Path(path).stem}.npz" for path in before}
     assert all(path.stat().st_mtime_ns == kept[path] for path in done)
 
 
@@ -150,22 +150,46 @@ def test_a_stopped_run_leaves_whole_files_and_says_how_to_go_on(
 def test_resume_with_other_settings_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "tiny_network", raising=False)
+    in_this_process(folder, monkeypatch)
     assert run(*_FORMATS).exit_code == 3
     before = (folder / "out" / "ledger.jsonl").read_bytes()
     refused = run(*_FORMATS, "--resume", "--contrast", "mean")
     assert refused.exit_code == 2
     assert 'contrast was "log_odds", is "mean"' in refused.stderr
     assert (folder / "out" / "ledger.jsonl").read_bytes() == before
-    # Nothing is left to do, and all of it is still told.
-    again = run(*_FORMATS, "--resume")
-    assert json.loads(again.stdout)["counts"]["resumed"] == COUNT
+    # Nothing is left to do but the broken image, and all of it is still told.
+    again = json.loads(run(*_FORMATS, "--resume").stdout)
+    assert (again["counts"]["resumed"], again["counts"]["failed"]) == (COUNT - 1, 1)
+    check_whole(folder)
     # Without --resume the new run takes the old one's place.
     anew = run(*_FORMATS, "--contrast", "mean")
     assert json.loads(anew.stdout)["counts"]["resumed"] == 0
     check_whole(folder)
+
+
+def test_a_repaired_image_is_explained_by_resume(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(folder, monkeypatch)
+    assert run(*_FORMATS, "--report").exit_code == 3
+    repaired = folder / "photos" / "001-broken.png"
+    repaired.write_bytes((folder / "photos" / "000-red.png").read_bytes())
+    result = run(*_FORMATS, "--report", "--resume")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["counts"]["explained"], told["counts"]["resumed"]) == (COUNT, COUNT - 1)
+    assert told["failed"] == []
+    assert (folder / "out" / "001-broken.overlay.png").is_file()
+    assert "empty file" not in (folder / "out" / "report.html").read_text()
+    # Its last line counts, and the tables are still in the order of the ledger.
+    assert run(*_FORMATS, "--report", "--resume").exit_code == 0
+
+
+def in_this_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets ``run`` work in the folder and import its network."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "tiny_network", raising=False)
 
 
 def run(*more: str) -> Result:

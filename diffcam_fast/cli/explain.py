@@ -84,7 +84,11 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--labels", type=_FILE, help="Class names: one a line, or JSON.")
 @click.option("--cmap", default="turbo", show_default=True, help="Colour map of matplotlib.")
 @click.option("--list", "text_list", type=_FILE, help="Text file with one image path a line.")
-@click.option("--resume", is_flag=True, help="Go on where an earlier run stopped.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where an earlier run stopped; failed images are tried again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why.")
 def explain(

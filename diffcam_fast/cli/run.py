@@ -50,8 +50,8 @@ class Summary:
     """What came of a run.
 
     Attributes:
-        entries: Every image that is finished, those of an earlier run included.
-        resumed: How many of them an earlier run had finished.
+        entries: Every image that is finished, those that an earlier run explained included.
+        resumed: How many of them an earlier run had explained.
         found: How many images there were to explain.
         batch_size: At the end, after any lack of memory.
         seconds: Of the loop, without loading.
@@ -100,7 +100,7 @@ def run(job: Job, console: Console) -> Summary:
             ledger = stack.enter_context(_open_ledger(job))
             pending = ledger.pending(job.sources)
             wanted = {str(source.path) for source in job.sources}
-            summary.entries = [entry for entry in ledger.entries if entry.path in wanted]
+            summary.entries = [entry for entry in ledger.done if entry.path in wanted]
             summary.resumed = len(summary.entries)
         for writer in job.writers:
             stack.callback(writer.close)

@@ -25,7 +25,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Entry:
-    """One finished image: a line of the ledger.
+    """One image that was explained, or could not be: a line of the ledger.
 
     Attributes:
         path: The image, as ``str(source.path)``.
@@ -78,11 +78,12 @@ class Entry:
 
 
 class Ledger:
-    """Append-only account in ``OUT/ledger.jsonl``; holds each image at most once.
+    """Append-only account in ``OUT/ledger.jsonl``; holds each explained image once.
 
-    The first line holds the settings of the run, every further line one finished image, written
-    and synced only after all of the image's files are in place. What a kill leaves behind is a
-    torn last line, which opening cuts, and files that no line names, which
+    The first line holds the settings of the run, every further line one image, written and synced
+    only after all of the image's files are in place. A failed image may get another line when it
+    is tried again: the last one counts. What a kill leaves behind is a torn last line, which
+    opening cuts, and files that no line names, which
     :meth:`diffcam_fast.outputs.writers.Writer.restore` removes.
 
     Args:
@@ -131,7 +132,7 @@ class Ledger:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """All finished images, in the order in which they were finished."""
+        """All images, in the order of their last lines."""
         return tuple(self._entries.values())
 
     @property
@@ -143,16 +144,18 @@ class Ledger:
         return len(self._entries)
 
     def __contains__(self, path: object) -> bool:
-        return str(path) in self._entries
+        """Whether the image was explained; one that failed is not finished."""
+        entry = self._entries.get(str(path))
+        return entry is not None and entry.status == "done"
 
     def pending(self, sources: Iterable[Source]) -> list[Source]:
-        """The sources that are not finished yet.
+        """The sources that are not explained yet, those that failed among them.
 
         Raises:
             ValueError: An output name belongs to another image of the ledger already.
         """
-        rest = [source for source in sources if str(source.path) not in self._entries]
-        owners = {entry.name: entry.path for entry in self._entries.values() if entry.name}
+        rest = [source for source in sources if source.path not in self]
+        owners = {entry.name: entry.path for entry in self.done if entry.name}
         for source in rest:
             if source.name in owners:
                 raise ValueError(
@@ -162,19 +165,22 @@ class Ledger:
         return rest
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Adds finished images; returns when they are on the disk.
+        """Adds images; returns when they are on the disk.
 
         Raises:
-            ValueError: An image is in the ledger, or in ``entries``, already.
+            ValueError: An image was explained already, or is in ``entries`` twice.
             OSError: The lines cannot be written; then none of them is in the ledger.
         """
-        new = {entry.path: entry for entry in entries}
-        twice = [path for path in new if path in self._entries]
-        if twice or len(new) != len(entries):
-            raise ValueError(f"finished twice: {twice or [entry.path for entry in entries]}")
-        if entries:
-            self._write("".join(entry.to_line() for entry in entries))
-            self._entries.update(new)
+        paths = [entry.path for entry in entries]
+        twice = [path for path in paths if path in self]
+        if twice or len(set(paths)) != len(paths):
+            raise ValueError(f"finished twice: {twice or paths}")
+        # An image that fails each time in the same way needs no line each time.
+        new = [entry for entry in entries if self._entries.get(entry.path) != entry]
+        if new:
+            self._write("".join(entry.to_line() for entry in new))
+            for entry in new:
+                self._keep(entry)
 
     def close(self) -> None:
         """Ends the account; the file stays."""
@@ -190,6 +196,11 @@ class Ledger:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _keep(self, entry: Entry) -> None:
+        # Behind those before it: tables hold the images in the order in which they were explained.
+        self._entries.pop(entry.path, None)
+        self._entries[entry.path] = entry
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -224,7 +235,7 @@ class Ledger:
             if number == 1:
                 self._check_settings(fields)
             else:
-                self._entries[entry.path] = entry
+                self._keep(entry)
             size += len(line)
         return size
 
