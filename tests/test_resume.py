@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,42 @@ def test_a_repaired_image_is_explained_by_resume(
     assert "empty file" not in (folder / "out" / "report.html").read_text()
     # Its last line counts, and the tables are still in the order of the ledger.
     assert run(*_FORMATS, "--report", "--resume").exit_code == 0
+
+
+def test_outputs_that_were_deleted_are_made_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(folder, monkeypatch)
+    assert run(*_FORMATS, "--report").exit_code == 3
+    out = folder / "out"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / "000-red.overlay.png").unlink()
+    (out / "004-green.npz").unlink()
+    (out / ".diffcam-report" / "005-blue.json").unlink()
+    # Other images would give these other names by now; their outputs keep the old ones.
+    (folder / "photos" / "004-green.jpg").write_bytes(b"")
+    result = run(*_FORMATS, "--report", "--resume")
+    assert result.exit_code == 3, result.output
+    assert "explained again, for outputs of theirs are gone: 3 images" in result.stderr
+    told = json.loads(result.stdout)
+    assert (told["counts"]["explained"], told["counts"]["resumed"]) == (COUNT - 1, COUNT - 4)
+    assert set(told["outputs"]) == {
+        str(path.relative_to(folder))
+        for path in before
+        if path.suffix in (".png", ".npz", ".jsonl", ".parquet") and path.name != "ledger.jsonl"
+    }
+    assert len(lines(out / "ledger.jsonl")) == 1 + COUNT + 1
+    for path, data in before.items():
+        if path.suffix in (".png", ".parquet") or path.name == "explanations.jsonl":
+            assert path.read_bytes() == data, path
+    # The whole folder of the report's parts too; and an image that is no longer there is failed,
+    # while the tables keep what they hold of it.
+    shutil.rmtree(out / ".diffcam-report")
+    (folder / "photos" / "000-red.png").write_bytes(b"")
+    told = json.loads(run(*_FORMATS, "--report", "--resume").stdout)
+    assert (told["counts"]["explained"], told["counts"]["failed"]) == (COUNT - 2, 3)
+    assert (out / "explanations.jsonl").read_bytes() == before[out / "explanations.jsonl"]
+    assert len(list((out / ".diffcam-report").iterdir())) == COUNT - 2
 
 
 def in_this_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,10 @@ class ReportParts:
         with atomic_write(self._path(record.source.name)) as file:
             file.write(json.dumps(part, allow_nan=False).encode())
 
+    def __contains__(self, entry: Entry) -> bool:
+        """Whether the part of an image is there."""
+        return self._path(entry.name).is_file()
+
     def entries(self, done: Sequence[Entry]) -> Iterator[ReportEntry]:
         """The cards of the report, one for each image and target, read one image at a time."""
         for entry in done:
