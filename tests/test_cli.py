@@ -465,6 +465,39 @@ def test_a_full_disk_is_a_clear_error(folder: Path, monkeypatch: pytest.MonkeyPa
     assert summary("photos", "-o", "out", "--resume")["counts"]["explained"] == 6
 
 
+@pytest.mark.parametrize("where", ["job.load_model", "run._open_ledger"])
+def test_stopped_outside_of_the_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"diffcam_fast.cli.{where}", stop)
+    result = explain("photos", "-o", "out", "--resume")
+    assert result.exit_code == 130
+    assert result.stderr == "stopped; run the same command again, with --resume to go on\n"
+
+
+def test_stopped_while_the_report_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffcam_fast.cli.report_parts.ReportParts.entries", stop)
+    result = explain("photos", "-o", "out", "--report", "--json")
+    assert result.exit_code == 130
+    assert result.stderr == (
+        "stopped with the report left, all outputs so far are whole;"
+        " to go on, run the same command with --resume\n"
+    )
+    told = json.loads(result.stdout)
+    assert (told["complete"], told["counts"]["explained"], told["report"]) == (False, 6, None)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    told = summary("photos", "-o", "out", "--report", "--resume")
+    assert (told["complete"], told["counts"]["resumed"]) == (True, 6)
+    assert (folder / "out" / "report.html").is_file()
+
+
 def test_verbose_says_why(folder: Path) -> None:
     result = explain("photos", "-o", "out", "-v")
     assert "layer: 2 (3, 8, 8)" in result.stderr

@@ -155,7 +155,7 @@ def explain(
             )
             job, summary, page = execute(request, console)
         except KeyboardInterrupt:
-            console.say("stopped before the first image")
+            console.say("stopped; run the same command again, with --resume to go on")
             raise click.exceptions.Exit(INTERRUPTED) from None
     _print(job, summary, page, as_json=as_json)
     if summary.interrupted:
@@ -169,8 +169,8 @@ def execute(request: "Request", console: Console) -> "tuple[Job, Summary, Path |
     """Runs a request from its options to its report.
 
     Returns:
-        What was run, what came of it, and the report where one was asked for and the run got to
-        its end.
+        What was run, what came of it, and the report where one was asked for and nothing stopped
+        the run before it was written.
 
     Raises:
         click.UsageError: The request cannot be met.
@@ -191,8 +191,12 @@ def execute(request: "Request", console: Console) -> "tuple[Job, Summary, Path |
         raise click.ClickException("out of memory while loading the model") from error
     try:
         summary = run(job, console)
-        complete = request.report and not summary.interrupted
-        page = write_run_report(job, summary) if complete else None
+        page = None
+        if request.report and not summary.interrupted:
+            try:
+                page = write_run_report(job, summary)
+            except KeyboardInterrupt:
+                summary.interrupted = True
     except ResumeError as error:
         raise click.UsageError(str(error)) from error
     except OutOfMemory as error:
@@ -233,8 +237,11 @@ def _how_to_resume(job: "Job", summary: "Summary") -> str:
     left = summary.found - len(summary.entries)
     if not job.ledger:
         return f"stopped with {left} images left"
+    missing = f"{left} of {summary.found} images"
+    if left == 0 and job.request.report:
+        missing = "the report"
     return (
-        f"stopped with {left} of {summary.found} images left, all outputs so far are whole;"
+        f"stopped with {missing} left, all outputs so far are whole;"
         " to go on, run the same command with --resume"
     )
 
