@@ -248,6 +248,24 @@ def test_without_resume_the_old_run_is_replaced(tmp_path):
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 4
 
 
+def test_a_ledger_knows_what_it_replaces(tmp_path):
+    run(tmp_path, 2, resume=False)
+    lines = (tmp_path / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    torn = [lines[0], b"[1]\n", lines[1], lines[2][:-9]]
+    for kept, count in ((lines, 2), (torn, 1), (lines[:1], 0)):
+        (tmp_path / "ledger.jsonl").write_bytes(b"".join(kept))
+        with Ledger(tmp_path, {"method": "grad_cam"}) as ledger:
+            assert ledger.replaced_settings == SETTINGS
+            own = {file for file in ledger.replaced_files if file.endswith(".npz")}
+            assert own == {f"{number:03d}.npz" for number in range(count)}
+    for foreign in (b"", b"no JSON", b'{"something": 1}\n'):
+        (tmp_path / "ledger.jsonl").write_bytes(foreign)
+        with Ledger(tmp_path, SETTINGS) as ledger:
+            assert (ledger.replaced_settings, ledger.replaced_files) == ({}, frozenset())
+    with Ledger(tmp_path, SETTINGS, resume=True) as ledger:
+        assert (ledger.replaced_settings, ledger.replaced_files) == ({}, frozenset())
+
+
 def test_resume_without_a_ledger_starts_anew(tmp_path):
     with Ledger(tmp_path / "new" / "out", SETTINGS, resume=True) as ledger:
         assert len(ledger) == 0

@@ -222,6 +222,35 @@ def test_outputs_that_were_deleted_are_made_again(
     assert len(list((out / ".diffcam-report").iterdir())) == COUNT - 2
 
 
+def test_a_new_run_removes_what_an_earlier_one_wrote_over_all_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(folder, monkeypatch)
+    out = folder / "out"
+    for name in ("report.html", "explanations.jsonl"):
+        out.mkdir(exist_ok=True)
+        (out / name).write_text("of the user's own")
+    assert run("--format", "npz").stderr == "photos/001-broken.png: empty file\n"
+    assert (out / "report.html").read_text() == "of the user's own"
+    (out / "explanations.jsonl").unlink()
+    run(*_FORMATS, "--report")
+    for path in sorted((folder / "photos").glob("0*"))[2:]:
+        path.unlink()
+    # The archives of both runs and the overlays of the second stay, one of each made anew.
+    result = run("--format", "overlay")
+    assert result.stderr.splitlines() == [
+        "photos/001-broken.png: empty file",
+        f"out still holds outputs of an earlier run: {(COUNT - 1) + (COUNT - 2)} files",
+    ]
+    assert sorted(path.name for path in out.iterdir() if path.suffix not in (".npz", ".png")) == [
+        "ledger.jsonl"
+    ]
+    # Tables that are asked for hold the new images alone.
+    run(*_FORMATS)
+    assert [line["path"] for line in lines(out / "explanations.jsonl")] == ["photos/000-red.png"]
+    assert pq.read_table(out / "maps.parquet").column("path").to_pylist() == ["photos/000-red.png"]
+
+
 def in_this_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets ``run`` work in the folder and import its network."""
     monkeypatch.chdir(folder)

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from os import cpu_count
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from diffcam_fast.cli.console import Console
 from diffcam_fast.cli.job import Job
-from diffcam_fast.cli.report_parts import ReportParts
+from diffcam_fast.cli.report_parts import REPORT_NAME, ReportParts
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.inputs import Source
 from diffcam_fast.images.read import ImageError, read_image
@@ -125,6 +126,11 @@ def run(job: Job, console: Console) -> Summary:
             summary.interrupted = True
         finally:
             summary.seconds = time.perf_counter() - start
+        if ledger is not None and not summary.interrupted:
+            own = {file for entry in summary.done for file in entry.files}
+            left = sum((job.out / file).exists() for file in ledger.replaced_files - own)
+            if left:
+                console.say(f"{job.out} still holds outputs of an earlier run: {left} files")
     return summary
 
 
@@ -136,12 +142,24 @@ def _open_ledger(job: Job) -> Ledger:
         raise ResumeError(str(error)) from error
     try:
         ledger.pending(job.sources)
+        _remove_replaced(job.out, ledger.replaced_settings)
         for writer in job.writers:
             writer.restore(ledger.done)
     except ValueError as error:
         ledger.close()
         raise ResumeError(str(error)) from error
     return ledger
+
+
+def _remove_replaced(out: Path, settings: Mapping[str, Any]) -> None:
+    """Deletes what a run of these settings wrote over all of its images: the new run has others."""
+    if settings.get("report"):
+        (out / REPORT_NAME).unlink(missing_ok=True)
+        ReportParts(out).remove()
+    if "jsonl" in settings.get("formats", ()):
+        JsonlWriter(out).remove()
+    if "parquet" in settings.get("formats", ()):
+        ParquetWriter(out).remove()
 
 
 def _is_whole(entry: Entry, out: Path, parts: ReportParts | None) -> bool:

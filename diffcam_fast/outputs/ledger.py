@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -91,6 +92,11 @@ class Ledger:
         settings: What the results depend on, as JSON values.
         resume: Go on with the ledger that is there; without it an old one is replaced.
 
+    Attributes:
+        replaced_settings: Settings of the run whose ledger this one takes the place of; empty where
+            there is none.
+        replaced_files: The outputs that its lines name.
+
     Raises:
         ValueError: The settings differ from those of the run to resume, the ledger is damaged
             other than at its end, or another process is writing to the folder.
@@ -115,12 +121,18 @@ class Ledger:
         self.folder = Path(folder)
         self.path = self.folder / LEDGER_NAME
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings), allow_nan=False))
+        self.replaced_settings: Mapping[str, Any] = {}
+        self.replaced_files: frozenset[str] = frozenset()
         self._entries: dict[str, Entry] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - lives with the ledger
         try:
             self._lock()
-            self._size = self._load() if resume else 0
+            if resume:
+                self._size = self._load()
+            else:
+                self._note_replaced()
+                self._size = 0
             self._file.truncate(self._size)
             if self._size == 0:
                 self._write(json.dumps({"version": _VERSION, "settings": self.settings}) + "\n")
@@ -212,6 +224,15 @@ class Ledger:
                 f"{self.folder}: another run is writing there; wait for it or use another folder"
             ) from None
 
+    def _note_replaced(self) -> None:
+        """Reads what can be read: a ledger to be replaced may be damaged, or something else."""
+        self._file.seek(0)
+        header, *entries = map(_fields_or_none, self._file.read().splitlines() or [b""])
+        if header is not None and header.get("version") == _VERSION:
+            self.replaced_settings = header["settings"]
+            files = [fields.get("files", ()) for fields in entries if fields is not None]
+            self.replaced_files = frozenset(chain.from_iterable(files))
+
     def _load(self) -> int:
         """Reads the file; returns the number of bytes that are whole lines."""
         self._file.seek(0)
@@ -221,9 +242,7 @@ class Ledger:
         size = 0
         for number, line in enumerate(lines, 1):
             try:
-                fields = json.loads(line)
-                if not isinstance(fields, dict):
-                    raise ValueError("it is not a JSON object")
+                fields = _fields(line)
                 if number > 1:
                     entry = Entry.from_fields(fields)
             except ValueError as error:
@@ -268,6 +287,20 @@ class Ledger:
             self._file.truncate(self._size)
             raise
         self._size += len(data)
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    fields = json.loads(line)
+    if not isinstance(fields, dict):
+        raise ValueError("it is not a JSON object")
+    return fields
+
+
+def _fields_or_none(line: bytes) -> dict[str, Any] | None:
+    try:
+        return _fields(line)
+    except ValueError:
+        return None
 
 
 def _plain(value: Any) -> Any:
