@@ -87,7 +87,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on where an earlier run stopped; failed images are tried again.",
+    help="Go on where an earlier run stopped; failed images and deleted outputs are made again.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why.")
