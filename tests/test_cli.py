@@ -38,6 +38,20 @@ def broken():
 def one_channel():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
 
+class Picky(nn.Module):
+    def forward(self, x):
+        assert x.shape[2] == 8, "wants 8 rows"
+        return {}["weights"]
+
+def picky():
+    return nn.Sequential(Picky(), nn.Conv2d(3, 4, 3))
+
+def deep():
+    layers = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(10)]
+    head = [nn.Linear(4, 4) for _ in range(12)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(2), *head, nn.Flatten(),
+                         nn.Linear(12, 5))
+
 def misleading():
     model = one_channel()
     model[0] = nn.Conv2d(3, 4, 3)
@@ -231,6 +245,27 @@ def test_inputs_from_a_list_and_from_stdin(folder: Path) -> None:
     assert summary("photos/*red*", "-o", "c")["counts"]["explained"] == 2
 
 
+@pytest.mark.parametrize("way", ["--list", "-"])
+def test_a_list_holds_names_of_any_bytes(folder: Path, way: str) -> None:
+    name = os.fsdecode(b"photos/caf\xe9.png")
+    Path("photos/000-red.png").rename(name)
+    names = b"\xef\xbb\xbfphotos/001-green.png\n" + os.fsencode(name) + b"\n"
+    (folder / "list.txt").write_bytes(names)
+    arguments = ["--list", "list.txt"] if way == "--list" else ["-"]
+    # A locale such as de_DE.UTF-8 is strict about what it reads.
+    done = subprocess.run(
+        command("explain", *arguments, "-m", MODEL, "-o", "out", "--json"),
+        cwd=folder,
+        env=environment(PYTHONIOENCODING="utf-8:strict"),
+        input=names,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"]["explained"] == 2
+    assert [entry["path"] for entry in ledger(folder / "out")] == ["photos/001-green.png", name]
+
+
 def _huge_header() -> bytes:
     # A BMP of 60,000 x 60,000 pixels, of which only the header is there.
     side = (60_000).to_bytes(4, "little")
@@ -327,6 +362,11 @@ def test_a_single_broken_file_is_exit_3_too(folder: Path) -> None:
         (["photos", "-m", "odd_network:broken"], "calling broken failed: KeyError: 'weights'"),
         (["photos", "-m", "odd_syntax:make"], "importing odd_syntax failed: SyntaxError"),
         (["photos", "-m", "odd_network:one_channel"], "224 x 224 pixels"),
+        (
+            ["photos", "-m", "odd_network:picky", "--size", "9x8"],
+            "odd_network:picky does not take an image of 9 x 8 pixels: AssertionError: wants 8",
+        ),
+        (["photos", "-m", "odd_network:picky", "--size", "8"], "8 x 8 pixels: KeyError: 'weights'"),
         (["photos", "--size", "big"], "give a side"),
         (["photos", "--device", "abacus"], "cannot use the device"),
         (["photos", "--labels", "two.txt"], "names 2 classes, the model has 3"),
@@ -334,6 +374,7 @@ def test_a_single_broken_file_is_exit_3_too(folder: Path) -> None:
         (["photos", "--weights", "no.pth"], "there is no weights file"),
         (["photos", "--batch-size", "0"], "0 is not in the range"),
         (["missing"], "no such file"),
+        (["x" * 300], "no such file"),
         ([], "no images were given"),
     ],
 )
@@ -424,6 +465,39 @@ def test_a_full_disk_is_a_clear_error(folder: Path, monkeypatch: pytest.MonkeyPa
     assert summary("photos", "-o", "out", "--resume")["counts"]["explained"] == 6
 
 
+@pytest.mark.parametrize("where", ["job.load_model", "run._open_ledger"])
+def test_stopped_outside_of_the_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"diffcam_fast.cli.{where}", stop)
+    result = explain("photos", "-o", "out", "--resume")
+    assert result.exit_code == 130
+    assert result.stderr == "stopped; run the same command again, with --resume to go on\n"
+
+
+def test_stopped_while_the_report_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffcam_fast.cli.report_parts.ReportParts.entries", stop)
+    result = explain("photos", "-o", "out", "--report", "--json")
+    assert result.exit_code == 130
+    assert result.stderr == (
+        "stopped with the report left, all outputs so far are whole;"
+        " to go on, run the same command with --resume\n"
+    )
+    told = json.loads(result.stdout)
+    assert (told["complete"], told["counts"]["explained"], told["report"]) == (False, 6, None)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    told = summary("photos", "-o", "out", "--report", "--resume")
+    assert (told["complete"], told["counts"]["resumed"]) == (True, 6)
+    assert (folder / "out" / "report.html").is_file()
+
+
 def test_verbose_says_why(folder: Path) -> None:
     result = explain("photos", "-o", "out", "-v")
     assert "layer: 2 (3, 8, 8)" in result.stderr
@@ -439,6 +513,34 @@ def test_inspect_names_the_layer_and_why(folder: Path) -> None:
     told = json.loads(diffcam("inspect", MODEL, "--json").stdout)
     assert (told["layer"], told["shape"], told["closed_form"]) == ("2", [3, 8, 8], True)
     assert told["weight"] == "5.weight"
+
+
+def test_inspect_takes_a_size(folder: Path) -> None:
+    told = json.loads(diffcam("inspect", MODEL, "--size", "64x48", "--json").stdout)
+    assert (told["size"], told["shape"]) == ([64, 48], [3, 16, 12])
+    (folder / "odd_network.py").write_text(ODD_NETWORK)
+    for size, said in (("9x8", "9 x 8 pixels: AssertionError"), ("big", "give a side")):
+        result = diffcam("inspect", "odd_network:picky", "--size", size)
+        assert result.exit_code == 2, result.output
+        assert said in result.stderr
+
+
+def test_a_long_head_and_many_candidates_are_cut_short(folder: Path) -> None:
+    (folder / "odd_network.py").write_text(ODD_NETWORK)
+    whole = json.loads(diffcam("inspect", "odd_network:deep", "--layer", "0", "--json").stdout)
+    steps = whole["head"].split(" -> ")
+    names = [candidate["name"] for candidate in whole["candidates"]]
+    assert len(steps) > 30
+    assert len(names) > 10
+    shown = diffcam("inspect", "odd_network:deep", "--layer", "0").stdout
+    short = " -> ".join([*steps[:4], f"... {len(steps) - 7} more ...", *steps[-3:]])
+    assert f"head        {short}\n" in shown
+    listed = shown.partition("candidates\n")[2].splitlines()
+    assert [line.split()[0] for line in listed[:8]] == names[:8]
+    assert listed[8].split()[:2] == ["*", "0"]
+    assert listed[9:] == [f"    and {len(names) - 9} more (--json lists all)"]
+    said = diffcam("explain", "photos", "-m", "odd_network:deep", "--layer", "0", "-v")
+    assert f"head: {short}\n" in said.stderr
 
 
 def test_inspect_needs_no_download() -> None:

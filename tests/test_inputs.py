@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffcam_fast.images.inputs import Source, find_images
+from diffcam_fast.images.read import ImageError, read_image
 
 
 def touch(root: Path, *names: str) -> None:
@@ -109,6 +110,71 @@ def test_excluded_folder(here):
     touch(here, "a.jpg", "out/a.overlay.png", "out/sub/b.png")
     assert paths(find_images(["."], exclude="out")) == ["a.jpg"]
     assert paths(find_images(["**/*.*"], exclude=here / "out")) == ["a.jpg"]
+
+
+def test_the_output_folder_may_be_where_the_images_are(here):
+    touch(here, "p/a.jpg", "p/out/b.jpg", "p/out/sub/c.jpg", "d.jpg")
+    assert names(find_images(["p"], exclude="p")) == ["a", "out/b", "out/sub/c"]
+    assert names(find_images(["p/*.jpg"], exclude=".")) == ["a"]
+    assert names(find_images(["p/*"], exclude=".")) == ["a", "out/b", "out/sub/c"]
+    assert names(find_images(["p/out"], exclude="p")) == ["b", "sub/c"]
+    assert names(find_images([], stdin=io.StringIO("p\n"), exclude="p")) == names(
+        find_images(["p"])
+    )
+    # Strictly below the folder that is searched it is left out, whatever a glob matches in it.
+    assert names(find_images(["p/*"], exclude="p/out")) == ["a"]
+    assert names(find_images(["**"], exclude="p/out")) == ["d", "p/a"]
+
+
+def test_pictures_of_an_earlier_run_are_no_images(here):
+    touch(here, "p/cat.png", "p/cat.overlay.png", "p/cat.heatmap.png", "p/sub/dog.cat.overlay.png")
+    assert paths(find_images(["p"])) == ["p/cat.png"]
+    assert paths(find_images(["p/**/*.png"])) == ["p/cat.png"]
+    with pytest.raises(ValueError, match="this folder holds no image"):
+        find_images(["p/sub"])
+    # Who names one means it.
+    assert paths(find_images(["p/cat.overlay.png"])) == ["p/cat.overlay.png"]
+    assert paths(find_images([], stdin=io.StringIO("p/cat.heatmap.png"))) == ["p/cat.heatmap.png"]
+
+
+@pytest.fixture
+def locked(here, monkeypatch):
+    """A folder ``p/locked`` that may not be listed; permissions do not hold for root."""
+    touch(here, "p/a.jpg", "p/locked/b.jpg", "p/z/c.jpg")
+    scan, access = os.scandir, os.access
+
+    def scandir(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode)
+    )
+    return here / "p" / "locked"
+
+
+def test_a_folder_that_cannot_be_listed_is_told(locked):
+    found = find_images(["p"])
+    assert paths(found) == ["p/a.jpg", "p/z/c.jpg", "p/locked"]
+    assert names(found) == ["a", "z/c", "locked"]
+    assert paths(find_images(["p/locked"])) == ["p/locked"]
+    assert names(find_images(["p/locked"])) == ["locked"]
+    assert paths(find_images(["p"], exclude=locked)) == ["p/a.jpg", "p/z/c.jpg"]
+    with pytest.raises(ImageError, match="permission denied"):
+        read_image(found[-1].path)
+
+
+def test_a_name_that_is_too_long_for_the_system(here):
+    long = "x" * 300 + ".jpg"
+    touch(here, "a.jpg")
+    found = find_images([], stdin=io.StringIO(f"{long}\na.jpg\n"))
+    assert paths(found) == [long, "a.jpg"]
+    with pytest.raises(ImageError, match="cannot be read: File name too long"):
+        read_image(long)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        find_images([long])
 
 
 def test_linked_folders_do_not_go_in_circles(here):

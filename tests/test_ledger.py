@@ -52,8 +52,16 @@ def record(number: int) -> Record:
     )
 
 
-def run(out: Path, count: int, *, resume: bool, batch: int = 3, only: int | None = None) -> int:
-    """Explains ``count`` images as the command does, number 4 being broken; returns the work."""
+def run(
+    out: Path,
+    count: int,
+    *,
+    resume: bool,
+    batch: int = 3,
+    only: int | None = None,
+    broken: int | None = 4,
+) -> int:
+    """Explains ``count`` images as the command does, one being broken; returns how many."""
     writers = [OverlayWriter(out), NpzWriter(out), JsonlWriter(out), ParquetWriter(out)]
     work = 0
     with Ledger(out, SETTINGS, resume=resume) as ledger:
@@ -64,13 +72,13 @@ def run(out: Path, count: int, *, resume: bool, batch: int = 3, only: int | None
             if only is not None and start >= only * batch:
                 break
             numbers = [int(item.name) for item in pending[start : start + batch]]
-            records = [record(number) for number in numbers if number != 4]
+            records = [record(number) for number in numbers if number != broken]
             files = files_of(writers, records)
             entries = [item.entry(names) for item, names in zip(records, files, strict=True)]
-            if 4 in numbers:
-                entries.append(Entry(str(source(4).path), "failed", "004", reason="empty file"))
+            failed = [source(number) for number in numbers if number == broken]
+            entries += [Entry(str(s.path), "failed", s.name, reason="empty file") for s in failed]
             ledger.append(entries)
-            work += len(numbers)
+            work += len(records)
     return work
 
 
@@ -103,10 +111,23 @@ def check(out: Path, count: int) -> None:
 
 
 def test_whole_run(tmp_path):
-    assert run(tmp_path, 7, resume=False) == 7
+    assert run(tmp_path, 7, resume=False) == 6
     check(tmp_path, 7)
     assert run(tmp_path, 7, resume=True) == 0
     check(tmp_path, 7)
+
+
+def test_an_image_that_was_repaired_is_explained(tmp_path):
+    run(tmp_path, 6, resume=False)
+    assert run(tmp_path, 6, resume=True, broken=None) == 1
+    # The tables hold it last, as the ledger does: the next run finds them in order.
+    for _ in range(2):
+        with Ledger(tmp_path, SETTINGS, resume=True) as ledger:
+            assert [entry.name for entry in ledger.done] == [f"{n:03d}" for n in (0, 1, 2, 3, 5, 4)]
+            assert ledger.entries == ledger.done
+        rows = [json.loads(line) for line in (tmp_path / "explanations.jsonl").open()]
+        assert [row["name"] for row in rows] == [entry.name for entry in ledger.done]
+        assert run(tmp_path, 6, resume=True) == 0
 
 
 def test_more_images_may_join(tmp_path):
@@ -149,7 +170,7 @@ def test_cut_after_every_line(tmp_path):
     lines = files["ledger.jsonl"].splitlines(keepends=True)
     for count in range(len(lines) + 1):
         put(tmp_path, files | {"ledger.jsonl": b"".join(lines[:count])})
-        assert run(tmp_path, 8, resume=True) == 8 - max(0, count - 1)
+        assert run(tmp_path, 8, resume=True) == 7 - sum(b'"done"' in line for line in lines[:count])
         check(tmp_path, 8)
 
 
@@ -169,7 +190,7 @@ def test_jsonl_and_shards_ahead_of_the_ledger_are_cut_back(tmp_path):
         file.write(b'{"path": "torn')
     ParquetWriter(tmp_path).write([record(3), record(5)])
     (tmp_path / ".diffcam-0123456789abcdef.tmp").write_bytes(b"left by a kill")
-    assert run(tmp_path, 6, resume=True) == 3
+    assert run(tmp_path, 6, resume=True) == 2
     check(tmp_path, 6)
 
 
@@ -225,6 +246,24 @@ def test_without_resume_the_old_run_is_replaced(tmp_path):
     assert [row["name"] for row in kept] == ["000", "001", "002"]
     assert [path.name for path in (tmp_path / "maps.parquet").iterdir()] == ["part-00000.parquet"]
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_ledger_knows_what_it_replaces(tmp_path):
+    run(tmp_path, 2, resume=False)
+    lines = (tmp_path / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    torn = [lines[0], b"[1]\n", lines[1], lines[2][:-9]]
+    for kept, count in ((lines, 2), (torn, 1), (lines[:1], 0)):
+        (tmp_path / "ledger.jsonl").write_bytes(b"".join(kept))
+        with Ledger(tmp_path, {"method": "grad_cam"}) as ledger:
+            assert ledger.replaced_settings == SETTINGS
+            own = {file for file in ledger.replaced_files if file.endswith(".npz")}
+            assert own == {f"{number:03d}.npz" for number in range(count)}
+    for foreign in (b"", b"no JSON", b'{"something": 1}\n'):
+        (tmp_path / "ledger.jsonl").write_bytes(foreign)
+        with Ledger(tmp_path, SETTINGS) as ledger:
+            assert (ledger.replaced_settings, ledger.replaced_files) == ({}, frozenset())
+    with Ledger(tmp_path, SETTINGS, resume=True) as ledger:
+        assert (ledger.replaced_settings, ledger.replaced_files) == ({}, frozenset())
 
 
 def test_resume_without_a_ledger_starts_anew(tmp_path):
@@ -322,8 +361,11 @@ def test_entries_come_back_as_they_were(tmp_path):
     with Ledger(tmp_path, SETTINGS, resume=True) as ledger:
         assert ledger.entries == tuple(entries)
         assert ledger.done == (entries[0],)
-        assert "b.jpg" in ledger
-        assert Path("b.jpg") in ledger
+        path = entries[0].path
+        assert path in ledger
+        assert Path(path) in ledger
+        # It failed, and may be tried again.
+        assert "b.jpg" not in ledger
         assert "c.jpg" not in ledger
 
 
@@ -347,7 +389,21 @@ def test_an_image_cannot_be_finished_twice(tmp_path):
         ledger.append([entry])
         with pytest.raises(ValueError, match="finished twice"):
             ledger.append([entry])
+        with pytest.raises(ValueError, match="finished twice"):
+            ledger.append([Entry("a.jpg", "failed", reason="empty file")])
         assert len(ledger) == 1
+
+
+def test_a_failure_is_written_again_only_where_it_changed(tmp_path):
+    with Ledger(tmp_path, SETTINGS) as ledger:
+        for reason in ("empty file", "empty file", "no such file", "no such file"):
+            ledger.append([Entry("a.jpg", "failed", "a", reason=reason)])
+        # A name that made no outputs is free for others.
+        assert ledger.pending([Source(Path("b/a.jpg"), "a")])
+    reasons = [json.loads(line).get("reason") for line in (tmp_path / "ledger.jsonl").open()]
+    assert reasons == [None, "empty file", "no such file"]
+    with Ledger(tmp_path, SETTINGS, resume=True) as ledger:
+        assert [entry.reason for entry in ledger.entries] == ["no such file"]
 
 
 def test_an_output_name_belongs_to_one_image(tmp_path):

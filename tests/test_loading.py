@@ -146,6 +146,62 @@ def test_a_download_that_fails_names_the_way_out(monkeypatch: pytest.MonkeyPatch
         load_model("torchvision:squeezenet1_1")
 
 
+class _Hub:
+    """Stands in for the HTTP session of the Hugging Face client."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.asked: list[str] = []
+
+    def head(self, address: str, *, timeout: float) -> None:
+        assert timeout <= 5
+        self.asked.append(address)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, OSError("Name or service not known")])
+def test_a_hub_that_does_not_answer_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    timm = pytest.importorskip("timm")
+    constants = pytest.importorskip("huggingface_hub").constants
+    hub, offline, make = _Hub(error), [], timm.create_model
+
+    def create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
+        offline.append((pretrained, constants.HF_HUB_OFFLINE))
+        model: nn.Module = make(name, **options)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    load_model("timm:test_resnet")
+    load_model("timm:test_resnet", weights="random")
+    assert hub.asked == [constants.ENDPOINT]
+    assert offline == [(True, error is not None), (False, False)]
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_without_a_hub_cached_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: _Hub(OSError("offline")))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match=r"could not download .* --weights random"):
+        load_model("timm:test_resnet")
+    commit = "0" * 40
+    repository = tmp_path / "models--timm--test_resnet.r160_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    state = timm.create_model("test_resnet").state_dict()
+    save_file(state, repository / "snapshots" / commit / "model.safetensors")
+    loaded = load_model("timm:test_resnet")
+    torch.testing.assert_close(dict(loaded.model.state_dict()), dict(state), rtol=0, atol=0)
+
+
 def test_torchvision_downloads_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
     models = pytest.importorskip("torchvision.models")
     state = models.squeezenet1_1().state_dict()

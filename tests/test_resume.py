@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_a_killed_run_resumes_with_every_image_once(folder: Path) -> None:
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         check_pictures(folder / "out")
-    before = {entry["path"] for entry in lines_so_far(folder)}
+    before = {entry["path"] for entry in lines_so_far(folder) if entry["status"] == "done"}
     kept = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*.npz")}
     status, told = finish(folder, "--resume")
     assert status == 3
@@ -113,10 +114,10 @@ def test_a_killed_run_resumes_with_every_image_once(folder: Path) -> None:
         "resumed": len(before),
         "not_finite": 0,
     }
-    assert 13 <= len(before) < COUNT
+    assert 12 <= len(before) < COUNT - 1
     check_whole(folder)
     # What was finished before was not made again.
-    done = {folder / "out" / f"{Path(path).stem}.npz" for path in before if "broken" not in path}
+    done = {folder / "out" / f"{Path(path).stem}.npz" for path in before}
     assert all(path.stat().st_mtime_ns == kept[path] for path in done)
 
 
@@ -150,22 +151,111 @@ def test_a_stopped_run_leaves_whole_files_and_says_how_to_go_on(
 def test_resume_with_other_settings_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "tiny_network", raising=False)
+    in_this_process(folder, monkeypatch)
     assert run(*_FORMATS).exit_code == 3
     before = (folder / "out" / "ledger.jsonl").read_bytes()
     refused = run(*_FORMATS, "--resume", "--contrast", "mean")
     assert refused.exit_code == 2
     assert 'contrast was "log_odds", is "mean"' in refused.stderr
     assert (folder / "out" / "ledger.jsonl").read_bytes() == before
-    # Nothing is left to do, and all of it is still told.
-    again = run(*_FORMATS, "--resume")
-    assert json.loads(again.stdout)["counts"]["resumed"] == COUNT
+    # Nothing is left to do but the broken image, and all of it is still told.
+    again = json.loads(run(*_FORMATS, "--resume").stdout)
+    assert (again["counts"]["resumed"], again["counts"]["failed"]) == (COUNT - 1, 1)
+    check_whole(folder)
     # Without --resume the new run takes the old one's place.
     anew = run(*_FORMATS, "--contrast", "mean")
     assert json.loads(anew.stdout)["counts"]["resumed"] == 0
     check_whole(folder)
+
+
+def test_a_repaired_image_is_explained_by_resume(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(folder, monkeypatch)
+    assert run(*_FORMATS, "--report").exit_code == 3
+    repaired = folder / "photos" / "001-broken.png"
+    repaired.write_bytes((folder / "photos" / "000-red.png").read_bytes())
+    result = run(*_FORMATS, "--report", "--resume")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["counts"]["explained"], told["counts"]["resumed"]) == (COUNT, COUNT - 1)
+    assert told["failed"] == []
+    assert (folder / "out" / "001-broken.overlay.png").is_file()
+    assert "empty file" not in (folder / "out" / "report.html").read_text()
+    # Its last line counts, and the tables are still in the order of the ledger.
+    assert run(*_FORMATS, "--report", "--resume").exit_code == 0
+
+
+def test_outputs_that_were_deleted_are_made_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(folder, monkeypatch)
+    assert run(*_FORMATS, "--report").exit_code == 3
+    out = folder / "out"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / "000-red.overlay.png").unlink()
+    (out / "004-green.npz").unlink()
+    (out / ".diffcam-report" / "005-blue.json").unlink()
+    # Other images would give these other names by now; their outputs keep the old ones.
+    (folder / "photos" / "004-green.jpg").write_bytes(b"")
+    result = run(*_FORMATS, "--report", "--resume")
+    assert result.exit_code == 3, result.output
+    assert "explained again, for outputs of theirs are gone: 3 images" in result.stderr
+    told = json.loads(result.stdout)
+    assert (told["counts"]["explained"], told["counts"]["resumed"]) == (COUNT - 1, COUNT - 4)
+    assert set(told["outputs"]) == {
+        str(path.relative_to(folder))
+        for path in before
+        if path.suffix in (".png", ".npz", ".jsonl", ".parquet") and path.name != "ledger.jsonl"
+    }
+    assert len(lines(out / "ledger.jsonl")) == 1 + COUNT + 1
+    for path, data in before.items():
+        if path.suffix in (".png", ".parquet") or path.name == "explanations.jsonl":
+            assert path.read_bytes() == data, path
+    # The whole folder of the report's parts too; and an image that is no longer there is failed,
+    # while the tables keep what they hold of it.
+    shutil.rmtree(out / ".diffcam-report")
+    (folder / "photos" / "000-red.png").write_bytes(b"")
+    told = json.loads(run(*_FORMATS, "--report", "--resume").stdout)
+    assert (told["counts"]["explained"], told["counts"]["failed"]) == (COUNT - 2, 3)
+    assert (out / "explanations.jsonl").read_bytes() == before[out / "explanations.jsonl"]
+    assert len(list((out / ".diffcam-report").iterdir())) == COUNT - 2
+
+
+def test_a_new_run_removes_what_an_earlier_one_wrote_over_all_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(folder, monkeypatch)
+    out = folder / "out"
+    for name in ("report.html", "explanations.jsonl"):
+        out.mkdir(exist_ok=True)
+        (out / name).write_text("of the user's own")
+    assert run("--format", "npz").stderr == "photos/001-broken.png: empty file\n"
+    assert (out / "report.html").read_text() == "of the user's own"
+    (out / "explanations.jsonl").unlink()
+    run(*_FORMATS, "--report")
+    for path in sorted((folder / "photos").glob("0*"))[2:]:
+        path.unlink()
+    # The archives of both runs and the overlays of the second stay, one of each made anew.
+    result = run("--format", "overlay")
+    assert result.stderr.splitlines() == [
+        "photos/001-broken.png: empty file",
+        f"out still holds outputs of an earlier run: {(COUNT - 1) + (COUNT - 2)} files",
+    ]
+    assert sorted(path.name for path in out.iterdir() if path.suffix not in (".npz", ".png")) == [
+        "ledger.jsonl"
+    ]
+    # Tables that are asked for hold the new images alone.
+    run(*_FORMATS)
+    assert [line["path"] for line in lines(out / "explanations.jsonl")] == ["photos/000-red.png"]
+    assert pq.read_table(out / "maps.parquet").column("path").to_pylist() == ["photos/000-red.png"]
+
+
+def in_this_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets ``run`` work in the folder and import its network."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "tiny_network", raising=False)
 
 
 def run(*more: str) -> Result:

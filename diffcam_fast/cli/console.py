@@ -18,6 +18,19 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def shortened(chain: str) -> str:
+    """A chain ``a -> b -> ...``, its middle counted where it is long.
+
+    Example:
+        >>> shortened(" -> ".join("abcdefghij"))
+        'a -> b -> c -> d -> ... 3 more ... -> h -> i -> j'
+    """
+    steps = chain.split(" -> ")
+    if len(steps) > 8:
+        steps[4:-3] = [f"... {len(steps) - 7} more ..."]
+    return " -> ".join(steps)
+
+
 @dataclass(frozen=True)
 class Console:
     """Messages and progress on standard error.

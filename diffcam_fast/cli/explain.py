@@ -84,7 +84,11 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--labels", type=_FILE, help="Class names: one a line, or JSON.")
 @click.option("--cmap", default="turbo", show_default=True, help="Colour map of matplotlib.")
 @click.option("--list", "text_list", type=_FILE, help="Text file with one image path a line.")
-@click.option("--resume", is_flag=True, help="Go on where an earlier run stopped.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where an earlier run stopped; failed images and deleted outputs are made again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why.")
 def explain(
@@ -114,7 +118,7 @@ def explain(
     """Explains images: for each, where the network looked for its top class.
 
     IMAGES are files, folders (searched recursively), globs, or - for a list of paths on standard
-    input.
+    input. Folders and globs leave out overlays and heatmaps of earlier runs.
 
     \b
     Examples:
@@ -151,7 +155,7 @@ def explain(
             )
             job, summary, page = execute(request, console)
         except KeyboardInterrupt:
-            console.say("stopped before the first image")
+            console.say("stopped; run the same command again, with --resume to go on")
             raise click.exceptions.Exit(INTERRUPTED) from None
     _print(job, summary, page, as_json=as_json)
     if summary.interrupted:
@@ -165,8 +169,8 @@ def execute(request: "Request", console: Console) -> "tuple[Job, Summary, Path |
     """Runs a request from its options to its report.
 
     Returns:
-        What was run, what came of it, and the report where one was asked for and the run got to
-        its end.
+        What was run, what came of it, and the report where one was asked for and nothing stopped
+        the run before it was written.
 
     Raises:
         click.UsageError: The request cannot be met.
@@ -181,14 +185,18 @@ def execute(request: "Request", console: Console) -> "tuple[Job, Summary, Path |
         job = prepare(request, console)
     except (ValueError, TypeError) as error:
         raise click.UsageError(str(error)) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise click.ClickException("out of memory while loading the model") from error
     try:
         summary = run(job, console)
-        complete = request.report and not summary.interrupted
-        page = write_run_report(job, summary) if complete else None
+        page = None
+        if request.report and not summary.interrupted:
+            try:
+                page = write_run_report(job, summary)
+            except KeyboardInterrupt:
+                summary.interrupted = True
     except ResumeError as error:
         raise click.UsageError(str(error)) from error
     except OutOfMemory as error:
@@ -229,8 +237,11 @@ def _how_to_resume(job: "Job", summary: "Summary") -> str:
     left = summary.found - len(summary.entries)
     if not job.ledger:
         return f"stopped with {left} images left"
+    missing = f"{left} of {summary.found} images"
+    if left == 0 and job.request.report:
+        missing = "the report"
     return (
-        f"stopped with {left} of {summary.found} images left, all outputs so far are whole;"
+        f"stopped with {missing} left, all outputs so far are whole;"
         " to go on, run the same command with --resume"
     )
 

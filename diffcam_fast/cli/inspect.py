@@ -7,34 +7,39 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffcam_fast.cli.console import shortened
+
 if TYPE_CHECKING:
     from diffcam_fast.analysis import Inspection
+
+# The nearest to the classifier come first; there are some thirty in ConvNeXt.
+_SHOWN = 8
 
 
 @click.command()
 @click.argument("model", required=False)
 @click.option("--layer", help="Look at this layer in place of the one that is found.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(model: str | None, layer: str | None, as_json: bool) -> None:
+@click.option("--size", help="Input size of the network: 224, or HEIGHTxWIDTH.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, nothing left out.")
+def inspect(model: str | None, layer: str | None, size: str | None, as_json: bool) -> None:
     """Shows how a model would be explained: target layer, head, closed form or backward, and why.
 
     MODEL is torchvision:NAME, timm:NAME, MODEL.pt2, or package.module:factory; without it, the
     default network. Nothing is downloaded: the structure does not depend on the weights.
     """
     # Here, not above: PyTorch takes seconds to import, and --help needs none of it.
-    from diffcam_fast.cli.job import make_explainer
+    from diffcam_fast.cli.job import make_explainer, resized
     from diffcam_fast.models.loading import load_model
 
     try:
         exported = model is not None and model.endswith(".pt2")
-        loaded = load_model(model, weights=None if exported else "random")
+        loaded = resized(load_model(model, weights=None if exported else "random"), size)
         found = make_explainer(loaded, layer=layer).inspect()
     except (ValueError, TypeError) as error:
         raise click.UsageError(str(error)) from error
     if as_json:
-        size = list(loaded.preprocess.size)
-        fields = {"model": loaded.name, "size": size, **dataclasses.asdict(found)}
-        click.echo(json.dumps(fields, indent=2))
+        facts = {"model": loaded.name, "size": list(loaded.preprocess.size)}
+        click.echo(json.dumps({**facts, **dataclasses.asdict(found)}, indent=2))
     else:
         height, width = loaded.preprocess.size
         click.echo(f"model       {loaded.name}, {height} x {width} pixels")
@@ -44,17 +49,24 @@ def inspect(model: str | None, layer: str | None, as_json: bool) -> None:
 
 def _lines(found: "Inspection") -> Iterator[str]:
     yield f"layer       {found.layer}  {_shape(found.shape)}"
-    yield f"head        {found.head}"
+    yield f"head        {shortened(found.head)}"
     yield f"gradient    {'closed form' if found.closed_form else 'backward of the head'}"
     yield f"why         {found.reason}"
     if found.weight is not None:
         yield f"weight      {found.weight}"
     yield "candidates"
-    width = max((len(candidate.name) for candidate in found.candidates), default=0)
-    for candidate in found.candidates:
+    shown = [
+        candidate
+        for index, candidate in enumerate(found.candidates)
+        if index < _SHOWN or candidate.name == found.layer
+    ]
+    width = max((len(candidate.name) for candidate in shown), default=0)
+    for candidate in shown:
         mark = "*" if candidate.name == found.layer else " "
         line = f"  {mark} {candidate.name:<{width}}  {_shape(candidate.shape):<14} {candidate.note}"
         yield line.rstrip()
+    if len(found.candidates) > len(shown):
+        yield f"    and {len(found.candidates) - len(shown)} more (--json lists all)"
 
 
 def _shape(shape: tuple[int, int, int]) -> str:

@@ -1,17 +1,20 @@
 """From the options of ``diffcam explain`` to everything that a run needs, checked."""
 
 import hashlib
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import torch
 
-from diffcam_fast.cli.console import Console
+from diffcam_fast.cli.console import Console, shortened
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.images.colour import colour_map
 from diffcam_fast.images.inputs import SUFFIXES, Source, find_images
@@ -122,7 +125,7 @@ def prepare(request: Request, console: Console) -> Job:
     sources = find_images(
         request.inputs,
         text_list=request.text_list,
-        stdin=sys.stdin if "-" in request.inputs else None,
+        stdin=_standard_input() if "-" in request.inputs else None,
         exclude=None if beside else out,
     )
     if not sources:
@@ -133,25 +136,17 @@ def prepare(request: Request, console: Console) -> Job:
     loaded = load_model(request.model, weights=_weights(request.weights), device=device)
     if request.weights == "random":
         console.say("the weights are random: labels and maps mean nothing")
-    if request.size is not None:
-        loaded = _resized(loaded, _size(request.size))
-    height, width = loaded.preprocess.size
-    try:
-        explainer = make_explainer(
-            loaded,
-            layer=request.layer,
-            method=request.method,
-            contrast=request.contrast,
-            temperature=request.temperature,
-        )
+    loaded = resized(loaded, request.size)
+    explainer = make_explainer(
+        loaded,
+        layer=request.layer,
+        method=request.method,
+        contrast=request.contrast,
+        temperature=request.temperature,
+    )
+    with _running(loaded):
         # One image tells the number of classes before any output is touched.
-        trial = explainer(torch.zeros(1, 3, height, width))
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"{loaded.name} does not take an image of {height} x {width} pixels: {error}"
-        ) from error
+        trial = explainer(torch.zeros(1, 3, *loaded.preprocess.size))
     classes = trial.logits.shape[1]
     labels = loaded.labels if request.labels is None else read_labels(request.labels)
     if request.labels is None and labels is not None and len(labels) != classes:
@@ -190,8 +185,9 @@ def make_explainer(
     """The explainer of a loaded model at the size of its preprocessing.
 
     Raises:
-        ValueError: No layer fits, or settings exclude each other; or an exported program takes
-            one batch size only.
+        ValueError: No layer fits, or settings exclude each other; an exported program takes one
+            batch size only; or the network fails at this size.
+        TypeError: The model is no image classifier.
     """
     if loaded.batch is not None:
         raise ValueError(
@@ -201,14 +197,51 @@ def make_explainer(
         )
     generator = torch.Generator("cpu").manual_seed(0)
     shape = (2, 3, *loaded.preprocess.size)
-    return Explainer(
-        loaded.model,
-        layer=layer,
-        method=method,
-        contrast=contrast,
-        temperature=temperature,
-        example_inputs=torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"),
-    )
+    examples = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    with _running(loaded):
+        return Explainer(
+            loaded.model,
+            layer=layer,
+            method=method,
+            contrast=contrast,
+            temperature=temperature,
+            example_inputs=examples,
+        )
+
+
+def resized(loaded: LoadedModel, size: str | None) -> LoadedModel:
+    """The model for images of another size: ``224``, or ``HEIGHTxWIDTH``; None: as it is.
+
+    Raises:
+        ValueError: The text is no size.
+    """
+    if size is None:
+        return loaded
+    return replace(loaded, preprocess=loaded.preprocess.with_size(_size(size)))
+
+
+@contextmanager
+def _running(loaded: LoadedModel) -> Iterator[None]:
+    """Makes whatever a network raises a ValueError: its code is the user's, not this package's."""
+    try:
+        yield
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        height, width = loaded.preprocess.size
+        raise ValueError(
+            f"{loaded.name} does not take an image of {height} x {width} pixels:"
+            f" {type(error).__name__}: {error}"
+        ) from error
+
+
+def _standard_input() -> TextIO:
+    # A list is read alike from here and from --list, whatever the locale makes of file names.
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+    return sys.stdin
 
 
 def _check(request: Request) -> None:
@@ -218,7 +251,7 @@ def _check(request: Request) -> None:
         raise ValueError("--target and --topk exclude each other")
     if request.out is not None and request.out.suffix.lower() in SUFFIXES:
         raise ValueError(f"-o names a folder, got {request.out}; files are named after the images")
-    if request.out is not None and request.out.exists() and not request.out.is_dir():
+    if request.out is not None and os.path.exists(request.out) and not os.path.isdir(request.out):
         raise ValueError(f"-o names a folder, but {request.out} is a file")
 
 
@@ -229,7 +262,7 @@ def _stands_beside(request: Request) -> bool:
         and not (request.report or request.resume)
         and _BESIDE.issuperset(request.formats)
         and len(request.inputs) == 1
-        and Path(request.inputs[0]).is_file()
+        and os.path.isfile(request.inputs[0])
     )
 
 
@@ -251,16 +284,6 @@ def _weights(text: str | None) -> Weights:
     if text is None:
         return None
     return "random" if text == "random" else Path(text)
-
-
-def _resized(loaded: LoadedModel, size: tuple[int, int]) -> LoadedModel:
-    return LoadedModel(
-        model=loaded.model,
-        preprocess=loaded.preprocess.with_size(size),
-        labels=loaded.labels,
-        name=loaded.name,
-        batch=loaded.batch,
-    )
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -312,7 +335,7 @@ def _explain_choices(
     preprocess = loaded.preprocess
     console.why(f"model: {loaded.name}, {preprocess.size[0]} x {preprocess.size[1]} pixels")
     console.why(f"layer: {found.layer} {found.shape}")
-    console.why(f"head: {found.head}")
+    console.why(f"head: {shortened(found.head)}")
     how = "closed form" if found.closed_form else "backward of the head"
     console.why(f"gradient: {how}, because {found.reason}")
     console.why(f"backend: {backend}")

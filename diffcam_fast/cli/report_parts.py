@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from diffcam_fast.outputs.ledger import Entry
 from diffcam_fast.outputs.record import Record
 from diffcam_fast.outputs.report import ReportEntry
 
+REPORT_NAME = "report.html"
 FOLDER = ".diffcam-report"
 _SIDE = 320
 _JPEG_QUALITY = 82
@@ -72,6 +74,14 @@ class ReportParts:
         }
         with atomic_write(self._path(record.source.name)) as file:
             file.write(json.dumps(part, allow_nan=False).encode())
+
+    def remove(self) -> None:
+        """Deletes the parts of all images."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __contains__(self, entry: Entry) -> bool:
+        """Whether the part of an image is there."""
+        return self._path(entry.name).is_file()
 
     def entries(self, done: Sequence[Entry]) -> Iterator[ReportEntry]:
         """The cards of the report, one for each image and target, read one image at a time."""

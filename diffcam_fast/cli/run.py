@@ -2,11 +2,13 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from os import cpu_count
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from diffcam_fast.cli.console import Console
 from diffcam_fast.cli.job import Job
-from diffcam_fast.cli.report_parts import ReportParts
+from diffcam_fast.cli.report_parts import REPORT_NAME, ReportParts
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.inputs import Source
 from diffcam_fast.images.read import ImageError, read_image
@@ -50,8 +52,8 @@ class Summary:
     """What came of a run.
 
     Attributes:
-        entries: Every image that is finished, those of an earlier run included.
-        resumed: How many of them an earlier run had finished.
+        entries: Every image that is finished, those that an earlier run explained included.
+        resumed: How many of them an earlier run had explained.
         found: How many images there were to explain.
         batch_size: At the end, after any lack of memory.
         seconds: Of the loop, without loading.
@@ -93,22 +95,30 @@ def run(job: Job, console: Console) -> Summary:
         OSError: An output cannot be written, for example because the disk is full.
     """
     summary = Summary(found=len(job.sources), batch_size=job.request.batch_size)
+    parts = ReportParts(job.out) if job.request.report else None
     with ExitStack() as stack:
         ledger = None
         pending = job.sources
+        redo: dict[str, Entry] = {}
         if job.ledger:
             ledger = stack.enter_context(_open_ledger(job))
-            pending = ledger.pending(job.sources)
             wanted = {str(source.path) for source in job.sources}
-            summary.entries = [entry for entry in ledger.entries if entry.path in wanted]
+            explained = [entry for entry in ledger.done if entry.path in wanted]
+            summary.entries = [entry for entry in explained if _is_whole(entry, job.out, parts)]
             summary.resumed = len(summary.entries)
+            kept = {entry.path for entry in summary.entries}
+            redo = {entry.path: entry for entry in explained if entry.path not in kept}
+            # Under their old names: those depend on what else there is to explain.
+            again = [Source(Path(entry.path), entry.name) for entry in redo.values()]
+            pending = again + ledger.pending(job.sources)
+        if redo:
+            console.say(f"explained again, for outputs of theirs are gone: {len(redo)} images")
         for writer in job.writers:
             stack.callback(writer.close)
         pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="diffcam")
         stack.callback(pool.shutdown, cancel_futures=True)
         advance = stack.enter_context(console.progress(len(pending)))
-        parts = ReportParts(job.out) if job.request.report else None
-        loop = _Loop(job, console, summary, ledger, pool, parts, advance)
+        loop = _Loop(job, console, summary, ledger, redo, pool, parts, advance)
         start = time.perf_counter()
         try:
             loop.run(pending)
@@ -116,6 +126,11 @@ def run(job: Job, console: Console) -> Summary:
             summary.interrupted = True
         finally:
             summary.seconds = time.perf_counter() - start
+        if ledger is not None and not summary.interrupted:
+            own = {file for entry in summary.done for file in entry.files}
+            left = sum((job.out / file).exists() for file in ledger.replaced_files - own)
+            if left:
+                console.say(f"{job.out} still holds outputs of an earlier run: {left} files")
     return summary
 
 
@@ -127,6 +142,7 @@ def _open_ledger(job: Job) -> Ledger:
         raise ResumeError(str(error)) from error
     try:
         ledger.pending(job.sources)
+        _remove_replaced(job.out, ledger.replaced_settings)
         for writer in job.writers:
             writer.restore(ledger.done)
     except ValueError as error:
@@ -135,12 +151,30 @@ def _open_ledger(job: Job) -> Ledger:
     return ledger
 
 
+def _remove_replaced(out: Path, settings: Mapping[str, Any]) -> None:
+    """Deletes what a run of these settings wrote over all of its images: the new run has others."""
+    if settings.get("report"):
+        (out / REPORT_NAME).unlink(missing_ok=True)
+        ReportParts(out).remove()
+    if "jsonl" in settings.get("formats", ()):
+        JsonlWriter(out).remove()
+    if "parquet" in settings.get("formats", ()):
+        ParquetWriter(out).remove()
+
+
+def _is_whole(entry: Entry, out: Path, parts: ReportParts | None) -> bool:
+    """Whether the outputs of an explained image are still there."""
+    return all((out / file).is_file() for file in entry.files) and (parts is None or entry in parts)
+
+
 @dataclass
 class _Loop:
     job: Job
     console: Console
     summary: Summary
     ledger: Ledger | None
+    # Images that the ledger and the tables hold, and that lost a file of their own, by path.
+    redo: Mapping[str, Entry]
     pool: ThreadPoolExecutor
     parts: ReportParts | None
     advance: Callable[[int], object]
@@ -232,13 +266,18 @@ class _Loop:
             return files
 
         files = list(self.pool.map(write_one, records, tops))
-        for own, more in zip(files, files_of(tables, records), strict=True):
-            own.extend(more)
-        self._account([r.entry(names) for r, names in zip(records, files, strict=True)])
+        new = [record for record in records if str(record.source.path) not in self.redo]
+        rows = iter(files_of(tables, new))
+        self._account(
+            [
+                self.redo.get(str(record.source.path)) or record.entry([*own, *next(rows)])
+                for record, own in zip(records, files, strict=True)
+            ]
+        )
 
     def _account(self, entries: list[Entry]) -> None:
         if self.ledger is not None:
-            self.ledger.append(entries)
+            self.ledger.append([entry for entry in entries if entry.path not in self.redo])
         self.summary.entries.extend(entries)
         self.advance(len(entries))
 

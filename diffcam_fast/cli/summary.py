@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from diffcam_fast.cli.job import Job
-from diffcam_fast.cli.report_parts import ReportParts
+from diffcam_fast.cli.report_parts import REPORT_NAME, ReportParts
 from diffcam_fast.cli.run import Summary
 from diffcam_fast.outputs.ledger import Entry
 from diffcam_fast.outputs.report import write_report
 
-REPORT_NAME = "report.html"
 # More lines than this are read in the outputs, not on a terminal.
 _SHOWN = 20
 

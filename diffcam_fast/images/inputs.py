@@ -17,6 +17,8 @@ SUFFIXES = frozenset(
 )
 """What counts as an image inside a folder; a file that is named itself may be called anything."""
 
+# What the writers add to a name: pictures of an earlier run beside the images are no images.
+_WRITTEN = (".overlay.png", ".heatmap.png")
 # A file name holds 255 bytes: this leaves room for a class label and a suffix.
 _MAX_PART_BYTES = 120
 _FORBIDDEN = frozenset('<>:"|?*\\/')
@@ -58,10 +60,13 @@ def find_images(
     Args:
         inputs: Files, folders (searched recursively for image suffixes, sorted) and globs
             (``**`` crosses folders; a folder that matches is searched). ``-`` stands for ``stdin``.
+            Folders and globs leave out overlays and heatmaps of earlier runs; a folder that cannot
+            be listed is kept: reading it will say so.
         text_list: A text file with one path a line; relative paths are relative to the working
             folder. A path in it that does not exist is kept: reading it will say so.
         stdin: The same from a stream.
-        exclude: A folder that is not searched, such as one for outputs inside an input folder.
+        exclude: A folder that is not searched, such as one for outputs inside an input folder; no
+            effect on inputs that are this folder or lie in it.
 
     Returns:
         The images; empty only where ``text_list`` or ``stdin`` are.
@@ -98,8 +103,9 @@ def find_images(
 
 def _expand(text: str, skip: str | None) -> Iterator[_Found]:
     path = Path(text)
-    # Before globbing: a file may well be called "cat[1].jpg".
-    if path.is_dir():
+    # Before globbing: a file may well be called "cat[1].jpg". Not Path.is_dir, which raises where a
+    # name is too long.
+    if os.path.isdir(path):
         yield from _some(_walk(path, path, skip), text, "folder")
     elif os.path.lexists(path):
         yield _Found(path, None)
@@ -121,12 +127,13 @@ def _some(found: Iterator[_Found], text: str, kind: str) -> Iterator[_Found]:
 
 def _glob(pattern: str, skip: str | None) -> Iterator[_Found]:
     fixed = Path(*_before_magic(Path(pattern).parts))
+    skip = _skipped_in(fixed, skip)
     for match in sorted(glob.iglob(pattern, recursive=True)):
         path = Path(match)
-        if path.is_dir():
+        if os.path.isdir(path):
             # "**" names every folder below as well: what they hold comes once all the same.
             yield from _walk(path, fixed, skip)
-        elif not _is_inside(path, skip):
+        elif not _is_inside(path, skip) and not match.endswith(_WRITTEN):
             yield _Found(path, fixed)
 
 
@@ -138,21 +145,37 @@ def _before_magic(parts: Iterable[str]) -> Iterator[str]:
 
 
 def _walk(folder: Path, root: Path, skip: str | None) -> Iterator[_Found]:
+    skip = _skipped_in(root, skip)
     seen: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
+    unlisted: list[OSError] = []
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=unlisted.append):
         real = os.path.realpath(here)
         # Links to folders are followed, but never in a circle.
-        if real in seen or real == skip:
+        if real in seen or _is_inside(here, skip):
             folders.clear()
             continue
         seen.add(real)
         folders.sort()
         for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
+            if _is_image_name(name):
                 yield _Found(Path(here, name), root)
+    for error in unlisted:
+        if not _is_inside(error.filename, skip):
+            path = Path(error.filename)
+            yield _Found(path, None if path == root else root)
 
 
-def _is_inside(path: Path, skip: str | None) -> bool:
+def _is_image_name(name: str) -> bool:
+    known = os.path.splitext(name)[1].lower() in SUFFIXES
+    return known and not name.startswith(".") and not name.endswith(_WRITTEN)
+
+
+def _skipped_in(root: Path, skip: str | None) -> str | None:
+    """``skip``, unless the search begins there: then there would be nothing to find."""
+    return None if _is_inside(root, skip) else skip
+
+
+def _is_inside(path: str | Path, skip: str | None) -> bool:
     return skip is not None and Path(os.path.realpath(path)).is_relative_to(skip)
 
 
@@ -162,7 +185,7 @@ def _listed(lines: Iterable[str], skip: str | None) -> Iterator[_Found]:
         if not text.strip():
             continue
         path = Path(text)
-        if path.is_dir():
+        if os.path.isdir(path):
             yield from _walk(path, path, skip)
         else:
             yield _Found(path, None)

@@ -69,7 +69,8 @@ def read_image(
 def _check_file(path: Path, max_bytes: int) -> None:
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError("is a directory")
+        listed = os.access(path, os.R_OK | os.X_OK)
+        raise ImageError("is a directory" if listed else "permission denied")
     # Opening a pipe would wait for its writer for ever.
     if not stat.S_ISREG(status.st_mode):
         raise ImageError("not a regular file")

@@ -157,7 +157,7 @@ def _load_timm(spec: str, name: str, weights: Weights) -> LoadedModel:
         return model
 
     if weights is None:
-        with _download(spec):
+        with _download(spec), _cached_where_offline():
             model = build(pretrained=True)
     else:
         try:
@@ -253,6 +253,32 @@ def _download(spec: str) -> Iterator[None]:
         raise ValueError(
             f"could not download the trained weights of {spec} ({first}); {_OFFLINE}"
         ) from None
+
+
+@contextlib.contextmanager
+def _cached_where_offline() -> Iterator[None]:
+    """Keeps the Hugging Face client to its cache where its hub does not answer.
+
+    Left to itself it asks six times for each file, which takes a minute.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _hub_answers(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _hub_answers(address: str) -> bool:
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(address, timeout=5)
+    except Exception:  # noqa: BLE001 - the client's errors are requests' or httpx's, by its version
+        return False
+    return True
 
 
 def _optional(module: str, spec: str) -> Any:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -25,7 +26,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Entry:
-    """One finished image: a line of the ledger.
+    """One image that was explained, or could not be: a line of the ledger.
 
     Attributes:
         path: The image, as ``str(source.path)``.
@@ -78,17 +79,23 @@ class Entry:
 
 
 class Ledger:
-    """Append-only account in ``OUT/ledger.jsonl``; holds each image at most once.
+    """Append-only account in ``OUT/ledger.jsonl``; holds each explained image once.
 
-    The first line holds the settings of the run, every further line one finished image, written
-    and synced only after all of the image's files are in place. What a kill leaves behind is a
-    torn last line, which opening cuts, and files that no line names, which
+    The first line holds the settings of the run, every further line one image, written and synced
+    only after all of the image's files are in place. A failed image may get another line when it
+    is tried again: the last one counts. What a kill leaves behind is a torn last line, which
+    opening cuts, and files that no line names, which
     :meth:`diffcam_fast.outputs.writers.Writer.restore` removes.
 
     Args:
         folder: The output folder; made where it is missing.
         settings: What the results depend on, as JSON values.
         resume: Go on with the ledger that is there; without it an old one is replaced.
+
+    Attributes:
+        replaced_settings: Settings of the run whose ledger this one takes the place of; empty where
+            there is none.
+        replaced_files: The outputs that its lines name.
 
     Raises:
         ValueError: The settings differ from those of the run to resume, the ledger is damaged
@@ -114,12 +121,18 @@ class Ledger:
         self.folder = Path(folder)
         self.path = self.folder / LEDGER_NAME
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings), allow_nan=False))
+        self.replaced_settings: Mapping[str, Any] = {}
+        self.replaced_files: frozenset[str] = frozenset()
         self._entries: dict[str, Entry] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - lives with the ledger
         try:
             self._lock()
-            self._size = self._load() if resume else 0
+            if resume:
+                self._size = self._load()
+            else:
+                self._note_replaced()
+                self._size = 0
             self._file.truncate(self._size)
             if self._size == 0:
                 self._write(json.dumps({"version": _VERSION, "settings": self.settings}) + "\n")
@@ -131,7 +144,7 @@ class Ledger:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """All finished images, in the order in which they were finished."""
+        """All images, in the order of their last lines."""
         return tuple(self._entries.values())
 
     @property
@@ -143,16 +156,18 @@ class Ledger:
         return len(self._entries)
 
     def __contains__(self, path: object) -> bool:
-        return str(path) in self._entries
+        """Whether the image was explained; one that failed is not finished."""
+        entry = self._entries.get(str(path))
+        return entry is not None and entry.status == "done"
 
     def pending(self, sources: Iterable[Source]) -> list[Source]:
-        """The sources that are not finished yet.
+        """The sources that are not explained yet, those that failed among them.
 
         Raises:
             ValueError: An output name belongs to another image of the ledger already.
         """
-        rest = [source for source in sources if str(source.path) not in self._entries]
-        owners = {entry.name: entry.path for entry in self._entries.values() if entry.name}
+        rest = [source for source in sources if source.path not in self]
+        owners = {entry.name: entry.path for entry in self.done if entry.name}
         for source in rest:
             if source.name in owners:
                 raise ValueError(
@@ -162,19 +177,22 @@ class Ledger:
         return rest
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Adds finished images; returns when they are on the disk.
+        """Adds images; returns when they are on the disk.
 
         Raises:
-            ValueError: An image is in the ledger, or in ``entries``, already.
+            ValueError: An image was explained already, or is in ``entries`` twice.
             OSError: The lines cannot be written; then none of them is in the ledger.
         """
-        new = {entry.path: entry for entry in entries}
-        twice = [path for path in new if path in self._entries]
-        if twice or len(new) != len(entries):
-            raise ValueError(f"finished twice: {twice or [entry.path for entry in entries]}")
-        if entries:
-            self._write("".join(entry.to_line() for entry in entries))
-            self._entries.update(new)
+        paths = [entry.path for entry in entries]
+        twice = [path for path in paths if path in self]
+        if twice or len(set(paths)) != len(paths):
+            raise ValueError(f"finished twice: {twice or paths}")
+        # An image that fails each time in the same way needs no line each time.
+        new = [entry for entry in entries if self._entries.get(entry.path) != entry]
+        if new:
+            self._write("".join(entry.to_line() for entry in new))
+            for entry in new:
+                self._keep(entry)
 
     def close(self) -> None:
         """Ends the account; the file stays."""
@@ -191,6 +209,11 @@ class Ledger:
     ) -> None:
         self.close()
 
+    def _keep(self, entry: Entry) -> None:
+        # Behind those before it: tables hold the images in the order in which they were explained.
+        self._entries.pop(entry.path, None)
+        self._entries[entry.path] = entry
+
     def _lock(self) -> None:
         if fcntl is None:
             return
@@ -201,6 +224,15 @@ class Ledger:
                 f"{self.folder}: another run is writing there; wait for it or use another folder"
             ) from None
 
+    def _note_replaced(self) -> None:
+        """Reads what can be read: a ledger to be replaced may be damaged, or something else."""
+        self._file.seek(0)
+        header, *entries = map(_fields_or_none, self._file.read().splitlines() or [b""])
+        if header is not None and header.get("version") == _VERSION:
+            self.replaced_settings = header["settings"]
+            files = [fields.get("files", ()) for fields in entries if fields is not None]
+            self.replaced_files = frozenset(chain.from_iterable(files))
+
     def _load(self) -> int:
         """Reads the file; returns the number of bytes that are whole lines."""
         self._file.seek(0)
@@ -210,9 +242,7 @@ class Ledger:
         size = 0
         for number, line in enumerate(lines, 1):
             try:
-                fields = json.loads(line)
-                if not isinstance(fields, dict):
-                    raise ValueError("it is not a JSON object")
+                fields = _fields(line)
                 if number > 1:
                     entry = Entry.from_fields(fields)
             except ValueError as error:
@@ -224,7 +254,7 @@ class Ledger:
             if number == 1:
                 self._check_settings(fields)
             else:
-                self._entries[entry.path] = entry
+                self._keep(entry)
             size += len(line)
         return size
 
@@ -257,6 +287,20 @@ class Ledger:
             self._file.truncate(self._size)
             raise
         self._size += len(data)
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    fields = json.loads(line)
+    if not isinstance(fields, dict):
+        raise ValueError("it is not a JSON object")
+    return fields
+
+
+def _fields_or_none(line: bytes) -> dict[str, Any] | None:
+    try:
+        return _fields(line)
+    except ValueError:
+        return None
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -67,6 +68,10 @@ class JsonlWriter(Writer):
             file.truncate(keep)
             os.fsync(file.fileno())
 
+    def remove(self) -> None:
+        """Deletes the file."""
+        self.path.unlink(missing_ok=True)
+
     def _lost(self, path: str) -> ValueError:
         return ValueError(
             f"{self.path}: the line of {path} is missing, though the run finished it; "
@@ -125,6 +130,12 @@ class ParquetWriter(Writer):
         if existing:
             sync_folder(self.shards)
         self._next = 1 + max((_shard_number(Path(name)) for name in held), default=-1)
+
+    def remove(self) -> None:
+        """Deletes the shards, and the dataset's folder where it holds nothing else."""
+        self.restore(())
+        with contextlib.suppress(OSError):
+            self.shards.rmdir()
 
     def _existing(self) -> list[Path]:
         return [path for path in self.shards.glob("part-*.parquet") if _shard_number(path) >= 0]
