@@ -6,11 +6,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 from tqdm import tqdm
 
 from diffcam_bench.rows import results_folder, write_rows
+
+if TYPE_CHECKING:
+    from diffcam_bench.kernels import Case
 
 
 @click.group()
@@ -106,6 +110,121 @@ def families(
             click.echo(f"{result.model:44} {result.error or '-':>8}  {what}")
     click.echo(
         f"{len(networks)} families; not supported, of those checked now: {unsupported}", err=True
+    )
+
+
+@bench.command()
+@click.option("--write", is_flag=True, help="Keep the rows as benchmarks/results/aot.csv.")
+@click.option(
+    "--processes", type=click.IntRange(min=1), default=None, help="Default: one a processor."
+)
+def aot(write: bool, processes: int | None) -> None:
+    """Compiles every kernel for sm_80, sm_90 and sm_100, without a GPU.
+
+    Registers, spills, shared memory and the width of loads are compared with the committed table;
+    exit code 1 where they differ, where registers spill, or where a load is narrow without need.
+    """
+    from diffcam_bench.aot import compile_all, complaints, differences
+
+    rows = compile_all(processes or os.cpu_count() or 1)
+    path = results_folder() / "aot.csv"
+    if write:
+        write_rows(path, rows)
+        click.echo(f"wrote {path}", err=True)
+    found = complaints(rows) + differences(rows, path)
+    for line in found:
+        click.echo(line)
+    click.echo(f"{len(rows)} kernels compiled; {len(found)} objections", err=True)
+    if found:
+        raise SystemExit(1)
+
+
+@bench.command()
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cuda", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="cpu: agreement alone, in Triton's interpreter; no speeds.",
+)
+@click.option(
+    "--only", metavar="TEXT", default=None, help="Operators or layers that hold this text."
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Timed rounds."
+)
+@click.option("--no-compile", is_flag=True, help="Leave torch.compile out; it takes long.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Rows as JSON.")
+@click.option("--write", is_flag=True, help="Keep the rows as benchmarks/results/kernels.csv.")
+def kernels(
+    device: str, only: str | None, rounds: int, no_compile: bool, json_file: str | None, write: bool
+) -> None:
+    """Each kernel over layers of real networks: time, bandwidth, and PyTorch beside it.
+
+    Nothing is timed before the kernel agrees with float64 PyTorch. Without a GPU there is nothing
+    to time: `--device cpu` checks the agreement of the small cases.
+    """
+    os.environ["DIFFCAM_KERNELS"] = "triton"
+    if device == "cpu":
+        # Read when the kernels are defined, a few lines below.
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    from diffcam_bench import kernels as bench_kernels
+
+    if device == "auto" and not torch.cuda.is_available():
+        click.echo(
+            "there is no CUDA device here, so that no kernel can be timed; --device cpu checks "
+            "that they compute the right maps, in Triton's interpreter",
+            err=True,
+        )
+        raise SystemExit(1)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("PyTorch finds no CUDA device; --device cpu checks agreement alone")
+    found = bench_kernels.cases(only)
+    if not found:
+        raise click.UsageError(f"no operator and no layer has {only!r} in its name")
+    if device == "cpu":
+        _check_kernels(found)
+        return
+    bandwidth = bench_kernels.copy_bandwidth()
+    click.echo(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e9:.0f} GB/s", err=True)
+    rows: list[dict[str, object]] = []
+    generator = torch.Generator("cuda").manual_seed(1)
+    for case in found:
+        bench_kernels.check_parity(case, bench_kernels.operands(case, "cuda", generator))
+        measured = bench_kernels.measure(case, rounds=rounds, compiled=not no_compile)
+        rows += bench_kernels.rows_of(case, measured, bandwidth)
+        for row in rows[-len(measured) :]:
+            click.echo(
+                f"{row['op']:26} {row['layer']:16} N={row['n']:<4} T={row['t']} K={row['k']:<6}"
+                f"{row['dtype']:9} {row['layout']:5} {row['name']:8} {row['ms_p20']:>8} "
+                f"{row['ms']:>8} {row['ms_p80']:>8} ms {row['gb_per_s']:>6} GB/s "
+                f"{row['share_of_copy']} of a copy, x{row['speedup_of_diffcam']}, "
+                f"{row['launches']} launches"
+            )
+        if write:
+            write_rows(results_folder() / "kernels.csv", rows)
+    if json_file is not None:
+        with open(json_file, "w", encoding="utf-8") as file:
+            json_module.dump(rows, file, indent=2)
+
+
+def _check_kernels(found: "list[Case]") -> None:
+    """Agreement in the interpreter, of the cases that it can do in seconds."""
+    import torch
+
+    from diffcam_bench import kernels as bench_kernels
+
+    small = [c for c in found if bench_kernels.work(c).bytes < 4e6 and c.n == 1]
+    generator = torch.Generator().manual_seed(1)
+    with _progress(len(small), "case") as progress:
+        for number, case in enumerate(small, start=1):
+            error = bench_kernels.check_parity(case, bench_kernels.operands(case, "cpu", generator))
+            click.echo(f"{case.op:26} {case.layer:16} {case.dtype:9} {case.layout:5} {error:.1e}")
+            progress(number)
+    click.echo(
+        f"{len(small)} of {len(found)} cases agree with float64; no speeds without a GPU", err=True
     )
 
 

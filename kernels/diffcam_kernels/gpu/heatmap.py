@@ -20,7 +20,8 @@ from torch import Tensor
 from diffcam_kernels.gpu.launch import Launch, ceil_div, power_of_two
 from diffcam_kernels.reference.pictures import MID_GREY
 
-_BLOCK = 2048
+# Values of a program, over 256 threads: 32 bytes of float32, or 16 of uint8, for each.
+_BLOCK, _BYTES_BLOCK = 2048, 4096
 
 
 @triton.jit
@@ -120,11 +121,13 @@ def _values(map_ptr, y, x, mask, height, width, scale_h, scale_w, BLOCK_P: tl.co
 def plan_heatmap(maps: Tensor, heatmaps: Tensor) -> Launch:
     """The launch that fills heatmaps (N, T, H, W) from maps (N, T, h, w)."""
     height, width = heatmaps.shape[2:]
+    in_bytes = heatmaps.dtype == torch.uint8
+    block = _BYTES_BLOCK if in_bytes else _BLOCK
     return Launch(
         heatmap_kernel,
-        (ceil_div(height * width, _BLOCK), maps.shape[0] * maps.shape[1]),
+        (ceil_div(height * width, block), maps.shape[0] * maps.shape[1]),
         {"maps_ptr": maps, "out_ptr": heatmaps, **_sizes(maps, height, width)},
-        {"BYTES": heatmaps.dtype == torch.uint8, "BLOCK_P": _block_p(maps), "BLOCK": _BLOCK},
+        {"BYTES": in_bytes, "BLOCK_P": _block_p(maps), "BLOCK": block},
         num_warps=8,
     )
 
@@ -136,7 +139,7 @@ def plan_overlay(
     height, width = images.shape[1:3]
     return Launch(
         overlay_kernel,
-        (ceil_div(height * width * 3, _BLOCK), maps.shape[0] * maps.shape[1]),
+        (ceil_div(height * width * 3, _BYTES_BLOCK), maps.shape[0] * maps.shape[1]),
         {
             "maps_ptr": maps,
             "images_ptr": images,
@@ -146,7 +149,7 @@ def plan_overlay(
             **_sizes(maps, height, width),
             "share": share,
         },
-        {"MISSING": MID_GREY, "BLOCK_P": _block_p(maps), "BLOCK": _BLOCK},
+        {"MISSING": MID_GREY, "BLOCK_P": _block_p(maps), "BLOCK": _BYTES_BLOCK},
         num_warps=8,
     )
 

@@ -27,8 +27,10 @@ from diffcam_kernels.gpu.launch import (
     shrunk,
 )
 
-# Accumulators of a program, spread over 128 threads: 32 registers of each.
+# Elements of a tile over 128 threads: each has an accumulator for each target. One target takes 32
+# registers of a thread; for 8 the tile is smaller, but leaves half-precision loads their 16 bytes.
 _ACCUMULATORS = 4096
+_SMALLEST_TILE = 1024
 
 
 @triton.jit
@@ -112,8 +114,8 @@ def plan_pooled_cam(activations: Tensor, weights: Tensor, maps: Tensor, relu: bo
             "FLAT": flat_cells(activations),
             "RELU": relu,
             **{"BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_P": block_p},
-            # 8 would spill.
-            "UNROLL": min(block_t, 4),
+            # More would spill.
+            "UNROLL": min(block_t, 2),
         },
     )
 
@@ -123,7 +125,7 @@ _STRIDES = ("stride_an", "stride_ac", "stride_ah", "stride_aw")
 
 def _tile(activations: Tensor, n: int, block_t: int, device: Device) -> tuple[int, int]:
     """(BLOCK_C, BLOCK_P): the axis that lies closest in memory takes 128 bytes or more of it."""
-    size = _ACCUMULATORS // block_t
+    size = max(_ACCUMULATORS // block_t, _SMALLEST_TILE)
     p = activations.shape[2] * activations.shape[3]
     if not cells_first(activations):
         # Whole runs of channels; a few cells for each program, so that there are many programs.
