@@ -288,8 +288,15 @@ def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": _Bomb()}, tmp_path / "w.pth")
     (tmp_path / "v.pth").write_bytes(pickle.dumps(_Bomb(), protocol=2))
     for name in ("w.pth", "v.pth"):
-        with pytest.raises(ValueError, match="pickled models are refused"):
+        with pytest.raises(ValueError, match=r"it holds \S*exec\. .*pickled models are refused"):
             read_state_dict(tmp_path / name)
+
+
+def test_a_file_of_something_else_gets_no_advice_to_unpickle_it(tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match="not a whole file of tensors") as caught:
+        read_state_dict(tmp_path / "cat.png")
+    assert "weights_only" not in str(caught.value)
 
 
 def test_an_empty_weights_file_is_an_error(tmp_path: Path) -> None:
@@ -409,6 +416,7 @@ def test_targets_by_index_and_by_label() -> None:
         ("-1", "classes 0 to 999"),
         ("nothing of the kind", "no class is called 'nothing of the kind' among the 1000 labels"),
         ("espreso", "did you mean 'espresso'"),
+        ("cat", "did you mean 'tiger cat', 'Persian cat', 'Siamese cat', 'Egyptian cat'"),
     ):
         with pytest.raises(ValueError, match=said):
             find_target(target, labels, classes=1000)
