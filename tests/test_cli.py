@@ -515,6 +515,13 @@ def test_inspect_names_the_layer_and_why(folder: Path) -> None:
     assert told["weight"] == "5.weight"
 
 
+def test_inspect_takes_the_model_as_explain_does(folder: Path) -> None:
+    assert diffcam("inspect", "-m", MODEL).stdout == diffcam("inspect", MODEL).stdout
+    both = diffcam("inspect", MODEL, "-m", "timm:resnet18")
+    assert both.exit_code == 2
+    assert f"two models were given, {MODEL} and -m timm:resnet18" in both.stderr
+
+
 def test_inspect_takes_a_size(folder: Path) -> None:
     told = json.loads(diffcam("inspect", MODEL, "--size", "64x48", "--json").stdout)
     assert (told["size"], told["shape"]) == ([64, 48], [3, 16, 12])
