@@ -169,6 +169,13 @@ def test_every_format_holds_the_maps_of_the_explainer(folder: Path) -> None:
         np.testing.assert_allclose(stored, wanted, rtol=1e-3, atol=1e-5)
 
 
+def test_tables_are_named_at_the_end(folder: Path) -> None:
+    formats = ("--format", "parquet", "--format", "overlay", "--format", "jsonl")
+    said = explain("photos", "-o", "out", *formats).stdout.splitlines()
+    assert said[-2:] == ["tables: out/explanations.jsonl, out/maps.parquet", "outputs: out"]
+    assert "tables" not in explain("photos", "-o", "out").stdout
+
+
 def test_heatmaps_are_brightest_on_the_square(folder: Path) -> None:
     summary("photos", "-o", "out", "--format", "heatmap")
     for path in (folder / "out").glob("*.heatmap.png"):
