@@ -85,7 +85,9 @@ def _shipped(package: str) -> list[Path]:
     inside, names = _PHOTOGRAPHS[package]
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise click.UsageError("the demo needs more packages: pip install 'diffcam-fast[demo]'")
+        raise click.UsageError(
+            "the demo needs more packages: pip install '.[demo]' in a checkout of diffcam-fast"
+        )
     paths = [Path(found.origin).parent / inside / name for name in names]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:

@@ -178,6 +178,8 @@ def test_unknown_layer_suggests_close_names() -> None:
         AnalysisError, match=r"no layer 'feature'; did you mean features.*Candidates: features"
     ):
         Explainer(Overwritten(), layer="feature")
+    with pytest.raises(AnalysisError, match=r"no layer 'xyz'\. Candidates: features"):
+        Explainer(Overwritten(), layer="xyz")
 
 
 def test_layer_that_runs_twice_is_refused() -> None:

@@ -169,6 +169,13 @@ def test_every_format_holds_the_maps_of_the_explainer(folder: Path) -> None:
         np.testing.assert_allclose(stored, wanted, rtol=1e-3, atol=1e-5)
 
 
+def test_tables_are_named_at_the_end(folder: Path) -> None:
+    formats = ("--format", "parquet", "--format", "overlay", "--format", "jsonl")
+    said = explain("photos", "-o", "out", *formats).stdout.splitlines()
+    assert said[-2:] == ["tables: out/explanations.jsonl, out/maps.parquet", "outputs: out"]
+    assert "tables" not in explain("photos", "-o", "out").stdout
+
+
 def test_heatmaps_are_brightest_on_the_square(folder: Path) -> None:
     summary("photos", "-o", "out", "--format", "heatmap")
     for path in (folder / "out").glob("*.heatmap.png"):
@@ -513,6 +520,13 @@ def test_inspect_names_the_layer_and_why(folder: Path) -> None:
     told = json.loads(diffcam("inspect", MODEL, "--json").stdout)
     assert (told["layer"], told["shape"], told["closed_form"]) == ("2", [3, 8, 8], True)
     assert told["weight"] == "5.weight"
+
+
+def test_inspect_takes_the_model_as_explain_does(folder: Path) -> None:
+    assert diffcam("inspect", "-m", MODEL).stdout == diffcam("inspect", MODEL).stdout
+    both = diffcam("inspect", MODEL, "-m", "timm:resnet18")
+    assert both.exit_code == 2
+    assert f"two models were given, {MODEL} and -m timm:resnet18" in both.stderr
 
 
 def test_inspect_takes_a_size(folder: Path) -> None:

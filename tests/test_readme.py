@@ -1,4 +1,4 @@
-"""The README's code blocks run as they stand there, in an empty folder with a few photographs.
+"""The README's code blocks run as they stand there, in a folder with the photographs of the demo.
 
 A block that must not run says why on its fence: ```bash not-run: REASON.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import csv
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from diffcam_fast.demo import copy_photographs
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
@@ -67,17 +67,8 @@ def make_targets(line: str) -> list[str] | None:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """Return a folder with cat.jpg and photos/, as the README's commands name them."""
-    spec = find_spec("skimage")
-    assert spec is not None, "scikit-image is missing: make test installs it"
-    assert spec.origin is not None
-    data = Path(spec.origin).parent / "data"
-    from PIL import Image
-
-    (tmp_path / "photos").mkdir()
-    Image.open(data / "chelsea.png").convert("RGB").save(tmp_path / "cat.jpg")
-    Image.open(data / "coffee.png").convert("RGB").save(tmp_path / "photos" / "coffee.jpg")
-    shutil.copy(tmp_path / "cat.jpg", tmp_path / "photos" / "cat.jpg")
+    """Return a folder with demo-out/photos/, as `make demo` leaves it."""
+    copy_photographs(tmp_path / "demo-out" / "photos")
     return tmp_path
 
 

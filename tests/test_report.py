@@ -106,6 +106,8 @@ def test_page_holds_what_it_was_given(tmp_path: Path) -> None:
     assert {"broken.jpg", "empty.png"} <= set(page.texts("bdi"))
     links = [link["href"] for link in page.attributes("a")]
     assert links == ["#failures", "b/two.jpg.png"]
+    # The link says what it leads to, which is not the photograph.
+    assert "b/two.jpg.png" in page.texts("bdi")
 
 
 def test_pictures_are_embedded_byte_for_byte(tmp_path: Path) -> None:

@@ -191,6 +191,17 @@ def test_map_shows_on_hover_focus_click_and_for_all(browser: Chrome, tmp_path: P
     assert middle_colour(first) == RED
 
 
+def test_print_shows_the_maps(browser: Chrome, tmp_path: Path) -> None:
+    open_page(browser, tmp_path)
+    maps = browser.find_elements("css selector", ".picture .map")
+    assert {image.value_of_css_property("opacity") for image in maps} == {"0"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert {image.value_of_css_property("opacity") for image in maps} == {"1"}
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
 def test_pictures_decode_and_nothing_is_loaded_or_logged(browser: Chrome, tmp_path: Path) -> None:
     open_page(browser, tmp_path)
     find(browser, "[data-sort=label]").click()

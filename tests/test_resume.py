@@ -157,6 +157,7 @@ def test_resume_with_other_settings_is_refused(
     refused = run(*_FORMATS, "--resume", "--contrast", "mean")
     assert refused.exit_code == 2
     assert 'contrast was "log_odds", is "mean"' in refused.stderr
+    assert "report was false, is true (leave --report off)" in run("--report", "--resume").stderr
     assert (folder / "out" / "ledger.jsonl").read_bytes() == before
     # Nothing is left to do but the broken image, and all of it is still told.
     again = json.loads(run(*_FORMATS, "--resume").stdout)
@@ -173,6 +174,7 @@ def test_a_repaired_image_is_explained_by_resume(
 ) -> None:
     in_this_process(folder, monkeypatch)
     assert run(*_FORMATS, "--report").exit_code == 3
+    assert "report was true, is false (add --report)" in run(*_FORMATS, "--resume").stderr
     repaired = folder / "photos" / "001-broken.png"
     repaired.write_bytes((folder / "photos" / "000-red.png").read_bytes())
     result = run(*_FORMATS, "--report", "--resume")

@@ -99,7 +99,8 @@ def optional(module: str, *, distribution: str | None = None) -> ModuleType:
     except ImportError as error:
         name = distribution or module.partition(".")[0]
         raise click.ClickException(
-            f"this benchmark needs {name} ({error}); pip install 'diffcam-fast[bench]'"
+            f"this benchmark needs {name} ({error}):"
+            " pip install '.[bench]' in a checkout of diffcam-fast"
         ) from error
 
 

@@ -107,8 +107,8 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
 def _node(model: nn.Module, flow: Trace, layer: str, candidates: tuple[Candidate, ...]) -> Node:
     if layer not in dict(model.named_modules()):
         close = difflib.get_close_matches(layer, dict(model.named_modules()), n=3)
-        hint = f"did you mean {', '.join(close)}? " if close else ""
-        raise AnalysisError(f"the model has no layer {layer!r}; {hint}{_listing(candidates)}")
+        hint = f"; did you mean {', '.join(close)}?" if close else "."
+        raise AnalysisError(f"the model has no layer {layer!r}{hint} {_listing(candidates)}")
     if flow.calls[layer] > 1:
         raise AnalysisError(
             f"layer {layer!r} runs {flow.calls[layer]} times in one forward pass, so that its "

@@ -40,7 +40,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="Output folder.  [default: beside a single image, else diffcam-out]",
+    help="Output folder.  [default: beside a single image, else diffcam-out; with --report,"
+    " --resume, jsonl or parquet always diffcam-out]",
 )
 @click.option(
     "--format",
@@ -49,7 +50,9 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     multiple=True,
     default=("overlay",),
     show_default=True,
-    help="What to write; may be repeated.",
+    help="What to write; may be repeated. For each image a coloured overlay, a grey heatmap"
+    " (--cmap does not apply) or an npz of numbers; one explanations.jsonl or maps.parquet/ for"
+    " all images.",
 )
 @click.option(
     "--overlay",
@@ -81,8 +84,18 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images at once."
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
-@click.option("--labels", type=_FILE, help="Class names: one a line, or JSON.")
-@click.option("--cmap", default="turbo", show_default=True, help="Colour map of matplotlib.")
+@click.option(
+    "--labels",
+    type=_FILE,
+    help="Class names, one a line or JSON, in place of the model's."
+    "  [default: ImageNet's where a model of 1000 classes brings none]",
+)
+@click.option(
+    "--cmap",
+    default="turbo",
+    show_default=True,
+    help="Colour map of matplotlib, for overlays and the report.",
+)
 @click.option("--list", "text_list", type=_FILE, help="Text file with one image path a line.")
 @click.option(
     "--resume",
@@ -118,7 +131,8 @@ def explain(
     """Explains images: for each, where the network looked for its top class.
 
     IMAGES are files, folders (searched recursively), globs, or - for a list of paths on standard
-    input. Folders and globs leave out overlays and heatmaps of earlier runs.
+    input. Folders and globs leave out overlays and heatmaps of earlier runs. Pictures show what
+    the network sees, a crop from the middle of the image.
 
     \b
     Examples:

@@ -18,15 +18,21 @@ _SHOWN = 8
 
 @click.command()
 @click.argument("model", required=False)
+@click.option("-m", "--model", "named", metavar="MODEL", help="MODEL, as explain takes it.")
 @click.option("--layer", help="Look at this layer in place of the one that is found.")
 @click.option("--size", help="Input size of the network: 224, or HEIGHTxWIDTH.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, nothing left out.")
-def inspect(model: str | None, layer: str | None, size: str | None, as_json: bool) -> None:
+def inspect(
+    model: str | None, named: str | None, layer: str | None, size: str | None, as_json: bool
+) -> None:
     """Shows how a model would be explained: target layer, head, closed form or backward, and why.
 
     MODEL is torchvision:NAME, timm:NAME, MODEL.pt2, or package.module:factory; without it, the
     default network. Nothing is downloaded: the structure does not depend on the weights.
     """
+    if model is not None and named is not None:
+        raise click.UsageError(f"two models were given, {model} and -m {named}; name one")
+    model = model if named is None else named
     # Here, not above: PyTorch takes seconds to import, and --help needs none of it.
     from diffcam_fast.cli.job import make_explainer, resized
     from diffcam_fast.models.loading import load_model
@@ -60,11 +66,12 @@ def _lines(found: "Inspection") -> Iterator[str]:
         for index, candidate in enumerate(found.candidates)
         if index < _SHOWN or candidate.name == found.layer
     ]
+    shapes = [_shape(candidate.shape) for candidate in shown]
+    wide = max((len(shape) for shape in shapes), default=0)
     width = max((len(candidate.name) for candidate in shown), default=0)
-    for candidate in shown:
+    for candidate, shape in zip(shown, shapes, strict=True):
         mark = "*" if candidate.name == found.layer else " "
-        line = f"  {mark} {candidate.name:<{width}}  {_shape(candidate.shape):<14} {candidate.note}"
-        yield line.rstrip()
+        yield f"  {mark} {candidate.name:<{width}}  {shape:<{wide}}  {candidate.note}".rstrip()
     if len(found.candidates) > len(shown):
         yield f"    and {len(found.candidates) - len(shown)} more (--json lists all)"
 

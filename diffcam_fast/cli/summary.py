@@ -9,6 +9,7 @@ from diffcam_fast.cli.report_parts import REPORT_NAME, ReportParts
 from diffcam_fast.cli.run import Summary
 from diffcam_fast.outputs.ledger import Entry
 from diffcam_fast.outputs.report import write_report
+from diffcam_fast.outputs.tables import JsonlWriter, ParquetWriter
 
 # More lines than this are read in the outputs, not on a terminal.
 _SHOWN = 20
@@ -87,6 +88,8 @@ def as_lines(job: Job, summary: Summary, report: Path | None) -> Iterator[str]:
             yield f"  and {len(summary.failed) - len(shown)} more, see {job.out / 'ledger.jsonl'}"
     if count := _not_finite(summary):
         yield f"{count} images have maps with NaN or infinity, which are shown in grey"
+    if tables := _tables(job, summary):
+        yield f"tables: {', '.join(tables)}"
     if report is not None:
         yield f"report: {report}"
     elif job.ledger:
@@ -98,9 +101,15 @@ def _image_lines(job: Job, entry: Entry) -> Iterator[str]:
         f"{label} {probability:.2f}"
         for label, probability in zip(entry.labels, entry.probabilities, strict=True)
     )
-    # Tables hold all images and are found in the folder; these files are the image's own.
+    # Tables hold all images and are named at the end; these files are the image's own.
     files = ", ".join(str(job.out / f) for f in entry.files if f.startswith(f"{entry.name}."))
     yield f"{entry.path}: {classes}{' -> ' if files else ''}{files}"
+
+
+def _tables(job: Job, summary: Summary) -> list[str]:
+    """The outputs over all images: a file, and a folder of as many files as there were batches."""
+    tops = {file.partition("/")[0] for entry in summary.done for file in entry.files}
+    return [str(job.out / name) for name in (JsonlWriter.NAME, ParquetWriter.NAME) if name in tops]
 
 
 def _not_finite(summary: Summary) -> int:

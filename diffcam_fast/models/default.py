@@ -21,7 +21,7 @@ PREPROCESS = Preprocess(
 )
 
 _ADVICE = (
-    "the default network is not installed: pip install 'diffcam-fast[demo]',"
+    "the default network is not installed: pip install '.[demo]' in a checkout of diffcam-fast,"
     " or name another model, such as -m torchvision:resnet50"
 )
 

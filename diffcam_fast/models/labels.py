@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -89,9 +90,16 @@ def _index_of(label: str, labels: Sequence[str] | None) -> int:
         numbers = " and ".join(map(str, found))
         raise ValueError(f"{label!r} is the name of classes {numbers}; give one of the numbers")
     if not found:
-        close = [name for name in folded if label.casefold() in name][:5]
-        close = close or difflib.get_close_matches(label.casefold(), folded, n=5)
-        names = [labels[folded.index(name)] for name in close]
+        names = [labels[folded.index(name)] for name in _close(label.casefold(), folded)]
         hint = f"; did you mean {', '.join(map(repr, names))}?" if names else ""
         raise ValueError(f"no class is called {label!r} among the {len(labels)} labels{hint}")
     return found[0]
+
+
+def _close(label: str, names: Sequence[str]) -> list[str]:
+    """Five names like ``label``: those that hold it as words before those that merely hold it."""
+    words = re.compile(rf"(?<!\w){re.escape(label)}(?!\w)")
+    holding = sorted(
+        (name for name in names if label in name), key=lambda name: words.search(name) is None
+    )
+    return holding[:5] or difflib.get_close_matches(label, names, n=5)

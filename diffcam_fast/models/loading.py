@@ -287,7 +287,8 @@ def _optional(module: str, spec: str) -> Any:
     except ImportError:
         package = module.partition(".")[0]
         raise ValueError(
-            f"{spec} needs {package}, which is not installed: pip install 'diffcam-fast[models]'"
+            f"{spec} needs {package}, which is not installed:"
+            " pip install '.[models]' in a checkout of diffcam-fast"
         ) from None
 
 

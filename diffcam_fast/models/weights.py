@@ -1,5 +1,6 @@
 """Reading state dicts without unpickling, and loading them with errors that name the keys."""
 
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,10 +33,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         state = _read(path)
     except Exception as error:  # noqa: BLE001 - every kind of damage raises its own type here
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"cannot read the weights file {path}: {first[:200]}. Expected .safetensors, or a file"
-            " of torch.save(model.state_dict()); whole pickled models are refused, because"
+            f"cannot read the weights file {path}: {_reason(error)}. Expected .safetensors, or a"
+            " file of torch.save(model.state_dict()); whole pickled models are refused, because"
             " reading them runs code"
         ) from None
     for _ in range(2):
@@ -60,6 +60,15 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"it holds a {type(value).__name__}, not a state dict")
     return value
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a weights file, on one line."""
+    if isinstance(error, pickle.UnpicklingError):
+        # PyTorch's own message advises to unpickle it all the same.
+        found = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        return "not a whole file of tensors" if found is None else f"it holds {found[1]}"
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200].rstrip(".")
 
 
 def fit_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

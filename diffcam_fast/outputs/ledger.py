@@ -265,7 +265,7 @@ class Ledger:
             )
         old = header["settings"]
         differences = [
-            f"{key} was {json.dumps(old.get(key))}, is {json.dumps(self.settings.get(key))}"
+            _difference(key, old.get(key), self.settings.get(key))
             for key in sorted(old.keys() | self.settings.keys())
             if old.get(key) != self.settings.get(key)
         ]
@@ -287,6 +287,14 @@ class Ledger:
             self._file.truncate(self._size)
             raise
         self._size += len(data)
+
+
+def _difference(key: str, old: object, new: object) -> str:
+    advice = ""
+    if isinstance(old, bool) and isinstance(new, bool):
+        # Of a flag the value does not tell what to type.
+        advice = f" (add --{key})" if old else f" (leave --{key} off)"
+    return f"{key} was {json.dumps(old)}, is {json.dumps(new)}{advice}"
 
 
 def _fields(line: bytes) -> dict[str, Any]:
