@@ -329,6 +329,40 @@ def test_any_shape_and_stride(
     check(ops.gradient_cam(a, g, reduction, False), expected, eager)
 
 
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), n=st.integers(1, 3), k=st.integers(2, 70), t=st.integers(1, 3))
+def test_any_classes_and_targets(data: st.DataObject, n: int, k: int, t: int) -> None:
+    row = st.lists(st.integers(0, k - 1), min_size=t, max_size=t)
+    targets = torch.tensor(data.draw(st.lists(row, min_size=n, max_size=n)), device=DEVICE)
+    temperature = data.draw(st.sampled_from([0.0, 0.1, 1.0, 7.0, math.inf]))
+    c = data.draw(st.integers(1, 40))
+    z, weight = random(k, n).T, random(c, k).T
+    d = reference.contrast_gradient(z.double(), targets, temperature)
+    eager = reference.contrast_gradient(z, targets, temperature)
+    check(ops.contrast_gradient(z, targets, temperature)[0], d, eager)
+    found, _, _ = ops.contrast_channel_weights(z, weight, 9, targets, temperature)
+    expected = reference.channel_weights(d, weight.double(), 9)
+    check(found, expected, reference.channel_weights(eager, weight, 9))
+
+
+@pytest.mark.gpu
+def test_operators_can_be_captured() -> None:
+    z, a, weight = random(4, 10), random(4, 20, 7, 7), random(10, 20)
+
+    def explain() -> Tensor:
+        w, _, _ = ops.contrast_channel_weights(z, weight, 49, None, 1.0)
+        return ops.heatmap(ops.pooled_cam(a, w, True), 28, 28)
+
+    explain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = explain()
+    z.copy_(random(4, 10))
+    graph.replay()
+    assert torch.equal(found, explain())
+
+
 def test_an_image_has_the_same_map_alone_and_in_a_batch_and_again() -> None:
     a, g = random(4, 30, 7, 7), random(4, 2, 30, 7, 7)
     calls: list[Callable[[Tensor, Tensor], Tensor]] = [

@@ -227,3 +227,22 @@ def test_environment_decides_who_computes(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("DIFFCAM_KERNELS", "cuda")
     with pytest.raises(ValueError, match="'cuda'; it takes auto, triton, reference"):
         ops.pooled_cam(random(1, 2, 3, 3), random(1, 1, 2), True)
+
+
+def test_operators_are_seen_through() -> None:
+    """One graph under `torch.compile` and `torch.export`, with dynamic batch."""
+
+    class Head(torch.nn.Module):
+        def forward(self, z: torch.Tensor, a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            weights, _, _ = ops.contrast_channel_weights(z, w, 20, None, 1.0)
+            return ops.heatmap(ops.pooled_cam(a, weights, True), 8, 10)
+
+    operands = random(3, 5), random(3, 4, 4, 5), random(5, 4)
+    expected = Head()(*operands)
+    compiled = torch.compile(Head(), fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(*operands), expected)
+    batch = torch.export.Dim("n")
+    shapes = ({0: batch}, {0: batch}, None)
+    exported = torch.export.export(Head(), operands, dynamic_shapes=shapes).module()
+    larger = random(7, 5), random(7, 4, 4, 5), operands[2]
+    assert torch.allclose(exported(*larger), Head()(*larger))

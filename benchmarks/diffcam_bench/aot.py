@@ -73,6 +73,11 @@ def _operators() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                     maps, w = _empty(n, 1, side, side), _empty(n, 1, c)
                     plans = gradient.plan_gradient_cam(a, g, reduction, maps, w, True)
                     yield f"gradient_cam {reduction}", name, aligned, plans[:1]
+                # Every other row of cells: no two rows follow each other.
+                plan = pooled.plan_pooled_cam(
+                    a[:, :, ::2], _empty(n, 1, c), _empty(n, 1, side // 2 + side % 2, side), True
+                )
+                yield "pooled_cam", f"{name} sliced", False, [plan]
                 if side * side <= eigen.MAX_CELLS:
                     plan = eigen.plan_eigen_cam(a, _empty(n, side, side), True)
                     yield "eigen_cam", name, aligned, [plan]
@@ -102,6 +107,17 @@ def _contrasts() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                 z, weight, 49, *operands, w, chosen, scores
             )
             yield "contrast_channel_weights", name, k > 10, [plan]
+
+    # Classes to contrast with, and given weights.
+    n, t, k, c = 8, 5, 1000, 2048
+    z, weight, w = _empty(n, k), _empty(k, c), _empty(n, t, c)
+    chosen, scores = _empty(n, t, dtype=torch.int64), _empty(n, t)
+    mask = _empty(n, t, k, dtype=torch.bool)
+    for name, reference, blend in (("reference", mask, None), ("weights", None, z)):
+        plan = contrast.plan_contrast_channel_weights(
+            z, weight, 49, chosen, 1.0, reference, blend, w, chosen, scores
+        )
+        yield "contrast_channel_weights", f"N={n} T={t} K={k} C={c} {name}", True, [plan]
 
 
 def _pictures() -> Iterator[tuple[str, str, bool, list[Launch]]]:
