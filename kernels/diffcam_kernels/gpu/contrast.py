@@ -62,8 +62,11 @@ def contrast_gradient_kernel(
     mask_r = offs_r < rows
     pid_n, pid_t = (offs_r // T).to(tl.int64), offs_r % T
     z_ptrs = z_ptr + pid_n * stride_zn
-    blend_ptrs = _advanced(blend_ptr, pid_n * stride_bn)
-    reference_ptrs = _advanced(reference_ptr, pid_n * stride_rn + pid_t * stride_rt)
+    blend_ptrs, reference_ptrs = blend_ptr, reference_ptr
+    if blend_ptr is not None:
+        blend_ptrs += pid_n * stride_bn
+    if reference_ptr is not None:
+        reference_ptrs += pid_n * stride_rn + pid_t * stride_rt
     target, broken = _targets(z_ptrs, targets_ptr, offs_r, mask_r, K, BLOCK_K)
     m, s, rest = _row_sums(
         z_ptrs, reference_ptrs, blend_ptrs, mask_r, target, broken, K, coldness, MODE, BLOCK_K
@@ -114,8 +117,11 @@ def contrast_channel_weights_kernel(
     mask_r, mask_c = offs_r < rows, offs_c < C
     pid_n, pid_t = (offs_r // T).to(tl.int64), offs_r % T
     z_ptrs = z_ptr + pid_n * stride_zn
-    blend_ptrs = _advanced(blend_ptr, pid_n * stride_bn)
-    reference_ptrs = _advanced(reference_ptr, pid_n * stride_rn + pid_t * stride_rt)
+    blend_ptrs, reference_ptrs = blend_ptr, reference_ptr
+    if blend_ptr is not None:
+        blend_ptrs += pid_n * stride_bn
+    if reference_ptr is not None:
+        reference_ptrs += pid_n * stride_rn + pid_t * stride_rt
     target, broken = _targets(z_ptrs, targets_ptr, offs_r, mask_r, K, BLOCK_Z)
     m, s, rest = _row_sums(
         z_ptrs, reference_ptrs, blend_ptrs, mask_r, target, broken, K, coldness, MODE, BLOCK_Z
@@ -157,15 +163,6 @@ def contrast_channel_weights_kernel(
         w = total / cells
     w_ptrs = w_ptr + offs_r[:, None].to(tl.int64) * C + offs_c[None, :]
     tl.store(w_ptrs, w, mask=mask_r[:, None] & mask_c[None, :])
-
-
-@triton.jit
-def _advanced(ptr, offset):
-    """A pointer moved by an offset; None stays None."""
-    if ptr is None:
-        return None
-    else:
-        return ptr + offset
 
 
 @triton.jit
