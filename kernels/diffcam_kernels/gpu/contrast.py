@@ -420,7 +420,9 @@ def contrast_gradient(
     blend: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `diffcam_kernels.reference.contrast_gradient`; also the targets, and the scores S."""
-    logits, reference, blend = _class_by_class(logits, reference, blend)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    targets = None if targets is None else targets.contiguous()
+    reference, blend = class_by_class(reference, blend)
     chosen, scores = _chosen_and_scores(logits, targets)
     d = torch.empty((*chosen.shape, logits.shape[1]), dtype=torch.float32, device=logits.device)
     plan_contrast_gradient(logits, targets, temperature, reference, blend, d, chosen, scores).run()
@@ -437,7 +439,9 @@ def contrast_channel_weights(
     blend: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `diffcam_kernels.reference.channel_weights`; also the targets, and the scores S."""
-    logits, reference, blend = _class_by_class(logits, reference, blend)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    targets = None if targets is None else targets.contiguous()
+    reference, blend = class_by_class(reference, blend)
     chosen, scores = _chosen_and_scores(logits, targets)
     w = torch.empty((*chosen.shape, weight.shape[1]), dtype=torch.float32, device=logits.device)
     plan_contrast_channel_weights(
@@ -446,18 +450,16 @@ def contrast_channel_weights(
     return w, chosen, scores
 
 
-def _class_by_class(
-    logits: Tensor, reference: Tensor | None, blend: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def class_by_class(
+    reference: Tensor | None, blend: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """The operands with their classes one after the other, as they are in all but odd views."""
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
     if reference is not None and reference.stride(2) != 1:
         reference = reference.contiguous()
     if blend is not None:
         blend = blend.to(torch.float32)
         blend = blend if blend.stride(1) == 1 else blend.contiguous()
-    return logits, reference, blend
+    return reference, blend
 
 
 def _chosen_and_scores(logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:

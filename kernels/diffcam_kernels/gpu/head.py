@@ -15,10 +15,9 @@ Bytes: A, W and the logits once, the maps once. FLOP: 2 N K C + 2 N T K C + N C 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from diffcam_kernels.gpu.contrast import contrast_channel_weights
+from diffcam_kernels.gpu.contrast import class_by_class, plan_contrast_channel_weights
 from diffcam_kernels.gpu.gradient import plan_channel_means
 from diffcam_kernels.gpu.launch import image_chunks
 from diffcam_kernels.gpu.pooled import plan_pooled_cam
@@ -36,17 +35,19 @@ def head_cam(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `diffcam_kernels.reference.head_cam`."""
     n, c, height, width = activations.shape
-    t = 1 if targets is None else targets.shape[1]
+    t, k = 1 if targets is None else targets.shape[1], weight.shape[0]
     maps = activations.new_empty((n, t, height, width), dtype=torch.float32)
-    logits, scores = maps.new_empty((n, weight.shape[0])), maps.new_empty((n, t))
+    logits, scores = maps.new_empty((n, k)), maps.new_empty((n, t))
     chosen = maps.new_empty((n, t), dtype=torch.int64)
-    product, shift = weight.to(torch.float32), None if bias is None else bias.to(torch.float32)
+    means, w = maps.new_empty((n, c)), maps.new_empty((n, t, c))
+    product = weight.detach().to(torch.float32).mT
+    shift = maps.new_zeros(k) if bias is None else bias.detach().to(torch.float32)
+    targets = None if targets is None else targets.contiguous()
+    reference, blend = class_by_class(reference, blend)
     for run in image_chunks(activations):
-        part = activations[run]
-        means = maps.new_empty((len(part), c))
-        plan_channel_means(part, means).run()
-        logits[run] = F.linear(means, product, shift)
-        w, chosen[run], scores[run] = contrast_channel_weights(
+        plan_channel_means(activations[run], means[run]).run()
+        torch.addmm(shift, means[run], product, out=logits[run])
+        plan_contrast_channel_weights(
             logits[run],
             weight,
             height * width,
@@ -54,6 +55,9 @@ def head_cam(
             temperature,
             None if reference is None else reference[run],
             None if blend is None else blend[run],
-        )
-        plan_pooled_cam(part, w, maps[run], relu).run()
+            w[run],
+            chosen[run],
+            scores[run],
+        ).run()
+        plan_pooled_cam(activations[run], w[run], maps[run], relu).run()
     return maps, logits, chosen, scores

@@ -39,9 +39,10 @@ def heatmap_kernel(
     BLOCK: tl.constexpr,
 ):
     """This program computes BLOCK values of one heatmap."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # Maps come first: the other axes of a grid end at 65,535.
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < H * W
-    pid_m = tl.program_id(1).to(tl.int64)
+    pid_m = tl.program_id(0).to(tl.int64)
     map_ptr = maps_ptr + pid_m * height * width
     v = _values(map_ptr, offs // W, offs % W, mask, height, width, scale_h, scale_w, BLOCK_P)
     if BYTES:
@@ -68,9 +69,9 @@ def overlay_kernel(
     BLOCK: tl.constexpr,
 ):
     """This program computes BLOCK bytes of one overlay."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < H * W * 3
-    pid_m = tl.program_id(1).to(tl.int64)
+    pid_m = tl.program_id(0).to(tl.int64)
     map_ptr = maps_ptr + pid_m * height * width
     pixel, channel = offs // 3, offs % 3
     v = _values(map_ptr, pixel // W, pixel % W, mask, height, width, scale_h, scale_w, BLOCK_P)
@@ -125,7 +126,7 @@ def plan_heatmap(maps: Tensor, heatmaps: Tensor) -> Launch:
     block = _BYTES_BLOCK if in_bytes else _BLOCK
     return Launch(
         heatmap_kernel,
-        (ceil_div(height * width, block), maps.shape[0] * maps.shape[1]),
+        (maps.shape[0] * maps.shape[1], ceil_div(height * width, block)),
         {"maps_ptr": maps, "out_ptr": heatmaps, **_sizes(maps, height, width)},
         {"BYTES": in_bytes, "BLOCK_P": _block_p(maps), "BLOCK": block},
         num_warps=8,
@@ -139,7 +140,7 @@ def plan_overlay(
     height, width = images.shape[1:3]
     return Launch(
         overlay_kernel,
-        (ceil_div(height * width * 3, _BYTES_BLOCK), maps.shape[0] * maps.shape[1]),
+        (maps.shape[0] * maps.shape[1], ceil_div(height * width * 3, _BYTES_BLOCK)),
         {
             "maps_ptr": maps,
             "images_ptr": images,

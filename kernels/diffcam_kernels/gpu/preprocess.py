@@ -41,8 +41,8 @@ def preprocess_kernel(
     BLOCK: tl.constexpr,
 ):
     """This program computes BLOCK values: of one plane, or of one image."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    pid = tl.program_id(1).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pid = tl.program_id(0).to(tl.int64)
     mask = offs < size
     if CHANNELS_LAST:
         pid_n, channel, pixel = pid, offs % C, offs // C
@@ -64,7 +64,7 @@ def plan_preprocess(images: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -
     size = height * width * (c if pixels else 1)
     return Launch(
         preprocess_kernel,
-        (ceil_div(size, _BLOCK), n if pixels else n * c),
+        (n if pixels else n * c, ceil_div(size, _BLOCK)),
         {
             "images_ptr": images,
             "scale_ptr": scale,
