@@ -33,7 +33,7 @@ clean:  ## remove the environment and everything that was built or written
 
 # One marker file for each extra: make installs it once, and again when its list changes.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: setup.py pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing PyTorch and others into $(VENV); some minutes and 6 GB the first time"
+	@echo "installing into $(VENV); with PyTorch, the first time, some minutes and 6 GB"
 	$(PIP) --editable '.[$*]'
 	@touch $@
 

@@ -117,8 +117,8 @@ def _table(job: "Job", photographs: Sequence[Path]) -> Iterator[str]:
     means = [sum(column) / len(column) for column in columns]
     yield f"  {'mean':<12}" + "".join(f"{value:>12.3f}" for value in means)
     yield ""
-    yield "1 is the very map of Grad-CAM. Lower is no fault: a contrast asks what speaks for the"
-    yield "class and not for its rivals, and the closer the rivals, the more that differs."
+    yield "1.000 is, to three digits, the map of Grad-CAM. Lower is no fault: a contrast asks what"
+    yield "speaks for the class and not for its rivals; the closer the rivals, the more that differs."
 
 
 def correlation(one: "Tensor", other: "Tensor") -> float:

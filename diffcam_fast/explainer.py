@@ -145,8 +145,7 @@ class Explainer:
                 device and cast to its dtype.
             targets: the classes to explain. None or "predicted": the predicted class of each image.
                 An int: this class for every image. N ints, or an int64 tensor (N,): one class an
-                    image. N rows of T ints, or a
-                tensor (N, T): T classes an image.
+                image. N rows of T ints, or a tensor (N, T): T classes an image.
             topk: the k classes of the largest logits instead, best first.
 
         Returns:

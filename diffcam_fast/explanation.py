@@ -53,7 +53,7 @@ class Explanation:
     def __repr__(self) -> str:
         n, t, h, w = self.maps.shape
         return (
-            f"Explanation({n} images, {t} targets each, maps {h} x {w}, layer={self.layer!r}, "
+            f"Explanation(N={n} images, T={t} targets each, maps {h} x {w}, layer={self.layer!r}, "
             f"method={self.method!r}, contrast={self.contrast!r}, backend={self.backend!r})"
         )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcam_fast.contrast import Contrast
+from diffcam_kernels.reference import REDUCTIONS
 
 
 def pooled(classes: int = 5, channels: int = 8) -> nn.Sequential:
@@ -78,9 +79,8 @@ def expected_maps(
     maps = []
     for t in range(targets.shape[1]):
         (g,) = torch.autograd.grad((d[:, t] * logits).sum(), kept[0], retain_graph=True)
-        weights = g.mean(dim=(2, 3), keepdim=True) if reduction == "grad_cam" else g
-        maps.append((weights * kept[0]).sum(dim=1))
-    return torch.stack(maps, dim=1).detach()
+        maps.append(REDUCTIONS[reduction](kept[0], g[:, None]))
+    return torch.cat(maps, dim=1).detach()
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

@@ -202,7 +202,7 @@ def test_outputs_that_were_deleted_are_made_again(
     (folder / "photos" / "004-green.jpg").write_bytes(b"")
     result = run(*_FORMATS, "--report", "--resume")
     assert result.exit_code == 3, result.output
-    assert "explained again, for outputs of theirs are gone: 3 images" in result.stderr
+    assert "images explained again, whose outputs are gone: 3" in result.stderr
     told = json.loads(result.stdout)
     assert (told["counts"]["explained"], told["counts"]["resumed"]) == (COUNT - 1, COUNT - 4)
     assert set(told["outputs"]) == {

@@ -112,7 +112,7 @@ def run(job: Job, console: Console) -> Summary:
             again = [Source(Path(entry.path), entry.name) for entry in redo.values()]
             pending = again + ledger.pending(job.sources)
         if redo:
-            console.say(f"explained again, for outputs of theirs are gone: {len(redo)} images")
+            console.say(f"images explained again, whose outputs are gone: {len(redo)}")
         for writer in job.writers:
             stack.callback(writer.close)
         pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="diffcam")
