@@ -118,7 +118,7 @@ def _table(job: "Job", photographs: Sequence[Path]) -> Iterator[str]:
     yield f"  {'mean':<12}" + "".join(f"{value:>12.3f}" for value in means)
     yield ""
     yield "1.000 is, to three digits, the map of Grad-CAM. Lower is no fault: a contrast asks what"
-    yield "speaks for the class and not for its rivals; the closer the rivals, the more that differs."
+    yield "speaks for the class and not for its rivals, and differs more the closer they are."
 
 
 def correlation(one: "Tensor", other: "Tensor") -> float:

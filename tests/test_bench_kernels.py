@@ -17,6 +17,9 @@ kernels = pytest.importorskip("diffcam_bench.kernels")
 aot = pytest.importorskip("diffcam_bench.aot")
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def test_kernels_compile_to_what_the_committed_table_says() -> None:
     rows = aot.compile_all(os.cpu_count() or 1)
     assert aot.complaints(rows) == []
@@ -84,13 +87,22 @@ def test_each_operator_passes_the_gate_in_the_interpreter(
         if op != "overlay"
         else kernels.cases("overlay")[0]
     )
-    arguments = kernels.operands(case, "cpu", torch.Generator().manual_seed(0))
+    arguments = kernels.operands(case, DEVICE, torch.Generator(DEVICE).manual_seed(0))
     assert kernels.check_parity(case, arguments) < 1e-2
+
+
+def test_cases_are_chosen_by_all_texts_and_not_measured_twice() -> None:
+    found = kernels.cases("pooled_cam resnet50 ", "N=64 ", " float16 ", "nhwc")
+    assert {case.t for case in found} == {1, 5} and len(found) == 2
+    from dataclasses import asdict
+
+    row = {name: str(value) for name, value in asdict(found[0]).items()}
+    assert kernels.is_among(found[0], [row]) and not kernels.is_among(found[1], [row])
 
 
 def test_the_gate_stops_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     case = kernels.Case("pooled_cam", "vgg16", 1, 1, 0, "float32", "nchw")
-    arguments = kernels.operands(case, "cpu", torch.Generator().manual_seed(0))
+    arguments = kernels.operands(case, DEVICE, torch.Generator(DEVICE).manual_seed(0))
     right = kernels.EAGER["pooled_cam"]
     monkeypatch.setattr(kernels.ops, "pooled_cam", lambda *a: right(*a) * 1.0001)
     with pytest.raises(kernels.ParityError, match="pooled_cam"):

@@ -346,6 +346,55 @@ def test_any_classes_and_targets(data: st.DataObject, n: int, k: int, t: int) ->
     check(found, expected, reference.channel_weights(eager, weight, 9))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="on the CPU a target that is no class raises")
+def test_targets_that_are_no_class_give_nan() -> None:
+    z, weight = random(3, 5), random(5, 4)
+    targets = torch.tensor([[0], [5], [-1]], device=DEVICE)
+    for temperature in (None, 1.0):
+        w, _, scores = ops.contrast_channel_weights(z, weight, 9, targets, temperature)
+        d, _, _ = ops.contrast_gradient(z, targets, temperature)
+        for found in (w, scores, d):
+            assert found[0].isfinite().all() and found[1:].isnan().all()
+
+
+def test_infinite_activations_stay_where_they_are() -> None:
+    a, g = random(1, 3, 4, 4), random(1, 1, 3, 4, 4).abs()
+    g[0, 0, 1, 2, 2] = math.inf
+    found = ops.gradient_cam(a, g, "grad_cam", False)
+    assert torch.equal(found, reference.gradient_cam(a, g, "grad_cam", False))
+
+
+def test_programs_lie_along_the_axis_that_holds_them_all() -> None:
+    from diffcam_kernels.gpu import gradient
+    from diffcam_kernels.gpu import pooled as pooled_kernel
+
+    a = torch.empty(1, device="meta").expand(70_000, 3, 300, 300)
+    g, w = a[:, None], torch.empty(70_000, 1, 3, device="meta")
+    maps = torch.empty(70_000, 1, 300, 300, device="meta")
+    plans = [pooled_kernel.plan_pooled_cam(a, w, maps, True)]
+    plans += gradient.plan_gradient_cam(a, g, "grad_cam", maps, w, True)
+    plans += gradient.plan_gradient_cam(a, g, "layer_cam", maps, w, True)
+    assert all(n < 2**16 for plan in plans for n in plan.grid[1:])
+
+
+@pytest.mark.parametrize("rows", [(1, 16), (17, 1), (9, 3)])
+def test_few_and_many_rows(rows: tuple[int, int]) -> None:
+    z, weight = random(rows[0], 12), random(12, 20)
+    targets = integers(12, *rows)
+    d = reference.contrast_gradient(z.double(), targets, 1.0)
+    found, _, _ = ops.contrast_channel_weights(z, weight, 4, targets, 1.0)
+    check(found, reference.channel_weights(d, weight.double(), 4))
+
+
+def test_no_channels_and_no_cells() -> None:
+    z = random(2, 5)
+    w, targets, scores = ops.contrast_channel_weights(z, random(5, 0), 4, None, 1.0)
+    assert w.shape == (2, 1, 0) and torch.equal(targets, reference.predicted(z))
+    assert scores.isfinite().all()
+    assert (ops.eigen_cam(random(2, 0, 3, 3), True) == 0).all()
+    assert ops.eigen_cam(random(2, 4, 0, 3), True).shape == (2, 0, 3)
+
+
 @pytest.mark.gpu
 def test_operators_can_be_captured() -> None:
     z, a, weight = random(4, 10), random(4, 20, 7, 7), random(10, 20)

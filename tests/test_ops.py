@@ -30,6 +30,8 @@ CALLS = [
     (ops.eigen_cam, (random(2, 5, 3, 4), True)),
     (ops.heatmap, (random(2, 3, 7, 5), 20, 31)),
     (ops.heatmap, (random(2, 3, 7, 5), 20, 31, torch.uint8)),
+    (ops.heatmap, (random(2, 3, 7, 5).to(memory_format=torch.channels_last), 20, 31)),
+    (ops.contrast_gradient, (random(3, 5), torch.tensor([[0, 1, 4], [2, 3, 0]]).T, 1.0)),
     (ops.overlay, (random(1, 2, 3, 3), PICTURES, PICTURES[0, :16, :16].reshape(256, 3), 100)),
     (ops.preprocess, (PICTURES, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], torch.float16, True)),
     (ops.preprocess, (PICTURES, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], torch.float32, False)),
@@ -246,3 +248,22 @@ def test_operators_are_seen_through() -> None:
     exported = torch.export.export(Head(), operands, dynamic_shapes=shapes).module()
     larger = random(7, 5), random(7, 4, 4, 5), operands[2]
     assert torch.allclose(exported(*larger), Head()(*larger))
+
+
+def test_operators_compute_outside_of_autocast() -> None:
+    a, w, g = random(2, 30, 9, 9), random(2, 1, 30), random(2, 1, 30, 9, 9)
+    calls = [
+        lambda: ops.pooled_cam(a, w, False),
+        lambda: ops.gradient_cam(a, g, "grad_cam", False),
+        lambda: ops.contrast_channel_weights(w[:, 0], g[0, 0, :, 0], 9, None, None)[0],
+    ]
+    for call in calls:
+        expected = call()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(call(), expected)
+
+
+def test_targets_that_are_no_class_are_refused() -> None:
+    for targets in ([[0], [5]], [[-1], [2]]):
+        with pytest.raises(ValueError, match=r"targets must be from 0 to 4, got \[\["):
+            ops.contrast_gradient(random(2, 5), torch.tensor(targets), 1.0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from tqdm import tqdm
 
-from diffcam_bench.rows import results_folder, write_rows
+from diffcam_bench.rows import read_rows, results_folder, write_rows
 
 if TYPE_CHECKING:
     from diffcam_bench.kernels import Case
@@ -149,16 +149,24 @@ def aot(write: bool, processes: int | None) -> None:
     help="cpu: agreement alone, in Triton's interpreter; no speeds.",
 )
 @click.option(
-    "--only", metavar="TEXT", default=None, help="Operators or layers that hold this text."
+    "--only",
+    metavar="TEXT",
+    multiple=True,
+    help="Cases that hold all these texts, as in: --only pooled --only 'N=64 ' --only ' float16 '.",
 )
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Timed rounds."
 )
 @click.option("--no-compile", is_flag=True, help="Leave torch.compile out; it takes long.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Rows as JSON.")
-@click.option("--write", is_flag=True, help="Keep the rows as benchmarks/results/kernels.csv.")
+@click.option("--write", is_flag=True, help="Add the rows to benchmarks/results/kernels.csv.")
 def kernels(
-    device: str, only: str | None, rounds: int, no_compile: bool, json_file: str | None, write: bool
+    device: str,
+    only: tuple[str, ...],
+    rounds: int,
+    no_compile: bool,
+    json_file: str | None,
+    write: bool,
 ) -> None:
     """Each kernel over layers of real networks: time, bandwidth, and PyTorch beside it.
 
@@ -182,33 +190,41 @@ def kernels(
         raise SystemExit(1)
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("PyTorch finds no CUDA device; --device cpu checks agreement alone")
-    found = bench_kernels.cases(only)
+    found = bench_kernels.cases(*only)
     if not found:
-        raise click.UsageError(f"no operator and no layer has {only!r} in its name")
+        raise click.UsageError(f"no case holds {' and '.join(only)}")
     if device == "cpu":
         _check_kernels(found)
         return
     bandwidth = bench_kernels.copy_bandwidth()
     click.echo(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e9:.0f} GB/s", err=True)
-    rows: list[dict[str, object]] = []
-    generator = torch.Generator("cuda").manual_seed(1)
+    path = results_folder() / "kernels.csv"
+    rows: list[dict[str, object]] = [dict(row) for row in (read_rows(path) if write else [])]
+    generator, wrong = torch.Generator("cuda").manual_seed(1), 0
     for case in found:
-        bench_kernels.check_parity(case, bench_kernels.operands(case, "cuda", generator))
+        if bench_kernels.is_among(case, rows):
+            continue
+        try:
+            bench_kernels.check_parity(case, bench_kernels.operands(case, "cuda", generator))
+        except bench_kernels.ParityError as error:
+            click.echo(error.format_message(), err=True)
+            wrong += 1
+            continue
         measured = bench_kernels.measure(case, rounds=rounds, compiled=not no_compile)
         rows += bench_kernels.rows_of(case, measured, bandwidth)
         for row in rows[-len(measured) :]:
             click.echo(
-                f"{row['op']:26} {row['layer']:16} N={row['n']:<4} T={row['t']} K={row['k']:<6}"
-                f"{row['dtype']:9} {row['layout']:5} {row['name']:8} {row['ms_p20']:>8} "
-                f"{row['ms']:>8} {row['ms_p80']:>8} ms {row['gb_per_s']:>6} GB/s "
-                f"{row['share_of_copy']} of a copy, x{row['speedup_of_diffcam']}, "
-                f"{row['launches']} launches"
+                f"{case.name:70} {row['name']:8} {row['ms_p20']:>8} {row['ms']:>8} "
+                f"{row['ms_p80']:>8} ms {row['gb_per_s']:>6} GB/s {row['share_of_copy']} "
+                f"of a copy, x{row['speedup_of_diffcam']}, {row['launches']} launches"
             )
         if write:
-            write_rows(results_folder() / "kernels.csv", rows)
+            write_rows(path, rows)
     if json_file is not None:
         with open(json_file, "w", encoding="utf-8") as file:
             json_module.dump(rows, file, indent=2)
+    if wrong:
+        raise SystemExit(1)
 
 
 def _check_kernels(found: "list[Case]") -> None:
@@ -225,8 +241,8 @@ def _check_kernels(found: "list[Case]") -> None:
             click.echo(f"{case.op:26} {case.layer:16} {case.dtype:9} {case.layout:5} {error:.1e}")
             progress(number)
     click.echo(
-        f"all {len(small)} small cases agree with float64; {len(found) - len(small)} large ones were "
-        "left out, and no speed is measured without a GPU",
+        f"all {len(small)} small cases agree with float64; {len(found) - len(small)} large ones "
+        "were left out, and no speed is measured without a GPU",
         err=True,
     )
 

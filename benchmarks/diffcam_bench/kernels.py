@@ -6,6 +6,7 @@ operator agrees with float64. On a GPU each candidate is a CUDA graph of calls t
 of operands larger than the L2 cache, so that none finds its own in it.
 """
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -64,6 +65,12 @@ class Case:
     dtype: str
     layout: str
 
+    @property
+    def name(self) -> str:
+        """All of it in one line."""
+        sizes = f"N={self.n} T={self.t} K={self.k}"
+        return " ".join(filter(None, (self.op, self.layer, sizes, self.dtype, self.layout)))
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -75,6 +82,7 @@ class Measured:
         ms_p20: 20th percentile.
         ms_p80: 80th percentile.
         launches: kernels on the device for one call.
+        method: `graph`, the replay of a CUDA graph, or `events`, of calls that no graph can hold.
     """
 
     name: str
@@ -82,12 +90,18 @@ class Measured:
     ms_p20: float
     ms_p80: float
     launches: int
+    method: str
 
 
-def cases(only: str | None = None) -> list[Case]:
-    """All cases, or those whose operator or layer holds a text."""
-    found = list(_all_cases())
-    return [c for c in found if only is None or only in c.op or only in c.layer]
+def cases(*only: str) -> list[Case]:
+    """All cases, or those whose name holds all of these texts."""
+    return [case for case in _all_cases() if all(text in f" {case.name} " for text in only)]
+
+
+def is_among(case: Case, rows: Sequence[dict[str, object]]) -> bool:
+    """Whether rows hold this case already."""
+    wanted = {name: str(value) for name, value in asdict(case).items()}
+    return any(all(str(row[name]) == wanted[name] for name in wanted) for row in rows)
 
 
 def _all_cases() -> Iterator[Case]:
@@ -121,7 +135,7 @@ def operands(case: Case, device: str, generator: torch.Generator) -> Operands:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     def activation(*shape: int) -> Tensor:
-        found = normal(*shape).relu()
+        found = normal(*shape)
         return (
             found.movedim(-3, -1).contiguous().movedim(-1, -3) if case.layout == "nhwc" else found
         )
@@ -176,6 +190,21 @@ def work(case: Case) -> Cost:
     }[op]()
 
 
+def _eager_preprocess(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, last: bool
+) -> Tensor:
+    x = images.permute(0, 3, 1, 2).to(torch.float32) / 255
+    low, scale = (_constant(tuple(c), images.device) for c in (mean, std))
+    layout = torch.channels_last if last else torch.contiguous_format
+    return ((x - low) / scale).to(dtype).contiguous(memory_format=layout)
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once: a copy from the host is no part of a graph."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
 def _eager_channel_weights(
     logits: Tensor, weight: Tensor, cells: int, targets: Tensor, temperature: float
 ) -> Tensor:
@@ -192,8 +221,10 @@ EAGER: dict[str, Callable[..., Any]] = {
     "eigen_cam": reference.eigen_cam,
     "heatmap": reference.heatmap,
     "overlay": reference.overlay,
-    "preprocess": reference.preprocess,
+    "preprocess": _eager_preprocess,
 }
+# The decomposition waits for the device, which no graph can hold.
+_UNCAPTURED = {"eigen_cam"}
 
 
 class ParityError(click.ClickException):
@@ -247,43 +278,62 @@ def measure(case: Case, *, rounds: int, compiled: bool) -> list[Measured]:
         torch._dynamo.reset()
         candidates["compile"] = torch.compile(EAGER[name], dynamic=False)
     ring = _ring(case)
-    graphs = {who: _capture(call, ring) for who, call in candidates.items()}
+    events = {who for who in candidates if who != "diffcam" and name in _UNCAPTURED}
+    runs = {
+        who: functools.partial(_call_all, call, ring) if who in events else _capture(call, ring)
+        for who, call in candidates.items()
+    }
     launches = {who: _launches(call, ring[0]) for who, call in candidates.items()}
     taken: dict[str, list[float]] = {who: [] for who in candidates}
     for number in range(rounds):
-        for who in list(graphs) if number % 2 == 0 else list(graphs)[::-1]:
-            taken[who].append(_replay(graphs[who]) / len(ring))
-    return [_measured(who, taken[who], launches[who]) for who in candidates]
+        for who in list(runs) if number % 2 == 0 else list(runs)[::-1]:
+            taken[who].append(_milliseconds(runs[who]) / len(ring))
+    return [
+        _measured(who, taken[who], launches[who], "events" if who in events else "graph")
+        for who in candidates
+    ]
 
 
 def _ring(case: Case) -> list[Operands]:
-    """Operands of more bytes than four L2 caches, at least two sets and at most 64."""
+    """Operands of more bytes than four L2 caches, at least two sets and at most 256.
+
+    Cases of less than a MB stay in the cache all the same; they are bound by their launches.
+    """
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    sets = min(64, max(2, 4 * cache // max(work(case).bytes, 1) + 1))
+    sets = min(256, max(2, 4 * cache // max(work(case).bytes, 1) + 1))
     generator = torch.Generator("cuda").manual_seed(0)
     return [operands(case, "cuda", generator) for _ in range(sets)]
 
 
-def _capture(call: Callable[..., Any], ring: Sequence[Operands]) -> torch.cuda.CUDAGraph:
+def _call_all(call: Callable[..., Any], ring: Sequence[Operands]) -> None:
+    for arguments in ring:
+        call(*arguments)
+
+
+def _capture(call: Callable[..., Any], ring: Sequence[Operands]) -> Callable[[], None]:
+    """The replay of a graph of calls, each with memory of its own for its result."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    # The operands are made on the other stream.
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             call(*ring[0])
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for arguments in ring:
-            call(*arguments)
-    return graph
+        kept = [call(*arguments) for arguments in ring]
+    del kept
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
-def _replay(graph: torch.cuda.CUDAGraph) -> float:
+def _milliseconds(run: Callable[[], None]) -> float:
     start, end = (
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         for _ in range(2)
     )
     start.record()
-    graph.replay()
+    run()
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end))
@@ -297,17 +347,17 @@ def _launches(call: Callable[..., Any], arguments: Operands) -> int:
     return sum(event.device_type.name == "CUDA" for event in profile.events())
 
 
-def _measured(name: str, taken: Sequence[float], launches: int) -> Measured:
+def _measured(name: str, taken: Sequence[float], launches: int, method: str) -> Measured:
     p20, median, p80 = (float(ms) for ms in np.percentile(taken, (20, 50, 80)))
-    return Measured(name, median, p20, p80, launches)
+    return Measured(name, median, p20, p80, launches, method)
 
 
 def copy_bandwidth(rounds: int = 20) -> float:
     """Bytes read and written a second by a copy of 1 GiB on the current CUDA device, median."""
     source = torch.ones(2**28, device="cuda")
     target = torch.empty_like(source)
-    graph = _capture(target.copy_, [(source,)])
-    ms = statistics.median(_replay(graph) for _ in range(rounds))
+    run = _capture(target.copy_, [(source,)])
+    ms = statistics.median(_milliseconds(run) for _ in range(rounds))
     return 2 * source.numel() * 4 / (ms / 1e3)
 
 

@@ -6,10 +6,11 @@ Plan: a row is one target of one image. A first walk over its logits finds the a
 target is the prediction; a second one m, s and the score S, online as in a streaming softmax; a
 last one q. Only the first reads device memory: a row of 22,000 logits fits the nearest cache.
 
-`contrast_channel_weights` never writes d: a program owns a block of rows and a block of channels,
+`contrast_channel_weights` does not write d for up to 16 rows: a program owns a block of channels
 and multiplies each piece of d with W as it is made, by a matrix product in three passes of TF32,
 which is as good as float32; one row alone is a product with a vector. Every block of channels
-repeats the walks, which is about 1 / BLOCK_C of its arithmetic.
+repeats the walks. From 17 rows on that costs more than writing d, which is small, and leaving the
+product to the library.
 
 Bytes: logits, W and the result once. FLOP: about 8 N T K, and 2 N T K C for the product.
 """
@@ -34,6 +35,9 @@ SOFTMAX = tl.constexpr(_SOFTMAX)
 # their own, and of one row, or of W for it.
 _ROWS_TILE = 1024
 _ROW_TILE = 4096
+
+# Rows up to which d is not written.
+FEW_ROWS = 16
 
 
 @triton.jit
@@ -184,7 +188,10 @@ def _targets(z_ptrs, targets_ptr, offs_r, mask_r, K, BLOCK_K: tl.constexpr):
             target = tl.where(here > best, start + index, target)
             best = tl.maximum(best, here)
     if targets_ptr is not None:
-        target = tl.load(targets_ptr + offs_r, mask=mask_r, other=0).to(tl.int32)
+        asked = tl.load(targets_ptr + offs_r, mask=mask_r, other=0)
+        # No class: NaN, rather than a read outside of the logits.
+        known = (asked >= 0) & (asked < K)
+        target = tl.where(known, asked, -1).to(tl.int32)
     return target, broken > 0
 
 
@@ -280,13 +287,14 @@ def _gradient(
         else:
             e = tl.where(z == -float("inf"), 0.0, tl.exp((z - m[:, None]) * coldness))
         d = one_hot - e / s[:, None]
+    d = tl.where((target < 0)[:, None], float("nan"), d)
     return tl.where(inside, d, 0.0)
 
 
 @triton.jit
 def _store_scores(z_ptrs, chosen_ptr, scores_ptr, offs_r, mask_r, target, rest):
     """Targets, and S = z_c - sum_j q_j z_j."""
-    z = tl.load(z_ptrs + target, mask=mask_r, other=0.0).to(tl.float32)
+    z = tl.load(z_ptrs + target, mask=mask_r & (target >= 0), other=float("nan")).to(tl.float32)
     tl.store(chosen_ptr + offs_r, target.to(tl.int64), mask=mask_r)
     tl.store(scores_ptr + offs_r, z - rest, mask=mask_r)
 
@@ -382,7 +390,7 @@ def plan_contrast_channel_weights(
     )
     rows, c = chosen.numel(), weight.shape[1]
     # A matrix product takes 16 rows at least.
-    block_r = 1 if rows <= 1 else min(max(power_of_two(rows), 16), 32)
+    block_r = 1 if rows <= 1 else 16
     processors = device_of(logits).processors
     block_c = min(64, max(16, power_of_two(c)))
     block_c = shrunk(block_c, 16, c, ceil_div(rows, block_r), processors)
@@ -390,7 +398,7 @@ def plan_contrast_channel_weights(
     block_z = _ROW_TILE if block_r == 1 else _ROWS_TILE // block_r
     return Launch(
         contrast_channel_weights_kernel,
-        (ceil_div(rows, block_r), ceil_div(c, block_c)),
+        (ceil_div(rows, block_r), max(1, ceil_div(c, block_c))),
         {
             **tensors,
             "weight_ptr": weight,
@@ -443,11 +451,35 @@ def contrast_channel_weights(
     targets = None if targets is None else targets.contiguous()
     reference, blend = class_by_class(reference, blend)
     chosen, scores = _chosen_and_scores(logits, targets)
-    w = torch.empty((*chosen.shape, weight.shape[1]), dtype=torch.float32, device=logits.device)
-    plan_contrast_channel_weights(
+    w = scores.new_empty((*chosen.shape, weight.shape[1]))
+    fill_channel_weights(
         logits, weight, cells, targets, temperature, reference, blend, w, chosen, scores
-    ).run()
+    )
     return w, chosen, scores
+
+
+def fill_channel_weights(
+    logits: Tensor,
+    weight: Tensor,
+    cells: int,
+    targets: Tensor | None,
+    temperature: float | None,
+    reference: Tensor | None,
+    blend: Tensor | None,
+    w: Tensor,
+    chosen: Tensor,
+    scores: Tensor,
+) -> None:
+    """Fills w (N, T, C), targets and scores (N, T), by the plan for so many rows."""
+    operands = (targets, temperature, reference, blend)
+    if chosen.numel() <= FEW_ROWS:
+        plan_contrast_channel_weights(logits, weight, cells, *operands, w, chosen, scores).run()
+        return
+    d = scores.new_empty((*chosen.shape, logits.shape[1]))
+    plan_contrast_gradient(logits, *operands, d, chosen, scores).run()
+    rows, product = w.view(-1, w.shape[2]), weight.detach().to(torch.float32)
+    # beta = 0: what is in the rows takes no part.
+    torch.addmm(rows, d.flatten(0, 1), product, beta=0, alpha=1 / cells, out=rows)
 
 
 def class_by_class(

@@ -120,9 +120,11 @@ _STRIDES = ("stride_an", "stride_ac", "stride_ah", "stride_aw")
 def eigen_cam(activations: Tensor, center: bool) -> Tensor:
     """See `diffcam_kernels.reference.eigen_cam`."""
     n, _, height, width = activations.shape
-    if not 0 < height * width <= MAX_CELLS:
+    if 0 in activations.shape:
+        return activations.new_zeros((n, height, width), dtype=torch.float32)
+    if height * width > MAX_CELLS:
         return _by_products(activations, center)
-    maps = torch.empty((n, height, width), dtype=torch.float32, device=activations.device)
+    maps = activations.new_empty((n, height, width), dtype=torch.float32)
     plan_eigen_cam(activations, maps, center).run()
     return maps
 

@@ -9,9 +9,9 @@ A method is one device function in `CELLWISE` or `WEIGHTED`, and nothing else he
   cells, w = sum_p numerator / sum_p denominator, so that two launches are needed: the weights,
   where a program owns a block of channels and walks over all cells, and `pooled_cam`. Grad-CAM
   still reads A and G once each. The other two read A for the weights and again for the map; images
-  go in runs whose A fits in half of the L2 cache, where the second look finds it. They also need
-  sum_p A before their first cell: a program walks twice over a block of channels, which it has just
-  read.
+  go in runs whose A and G fit in half of the L2 cache, where the second look finds it. They also
+  need sum_p A before their first cell: a program walks twice over a block of channels, which it has
+  just read.
 
 Programs of further targets of the same cells run side by side and find A in the cache. No atomics.
 
@@ -55,7 +55,7 @@ def _hires_cam(a, g):
 
 @triton.jit
 def _grad_cam(a, g, sum_a, cells):
-    return g / cells, 0.0 * g
+    return g / cells, tl.zeros_like(g)
 
 
 @triton.jit
@@ -121,9 +121,9 @@ def cellwise_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """This program computes BLOCK_P cells of one map."""
-    pid_t = tl.program_id(0).to(tl.int64)
-    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    pid_n = tl.program_id(2).to(tl.int64)
+    pid, blocks = tl.program_id(0), tl.cdiv(P, BLOCK_P)
+    pid_t, pid_n = (pid % T).to(tl.int64), (pid // T // blocks).to(tl.int64)
+    offs_p = pid // T % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_c = tl.arange(0, BLOCK_C)
     mask_p = offs_p < P
     a_ptrs = a_ptr + pid_n * stride_an + offs_c[:, None] * stride_ac
@@ -170,9 +170,9 @@ def gradient_weights_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """This program computes the weights of BLOCK_C channels for one target of one image."""
-    pid_t = tl.program_id(0).to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    pid_n = tl.program_id(2).to(tl.int64)
+    pid, blocks = tl.program_id(0), tl.cdiv(C, BLOCK_C)
+    pid_t, pid_n = (pid % T).to(tl.int64), (pid // T // blocks).to(tl.int64)
+    offs_c = pid // T % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     a_rows = a_ptr + pid_n * stride_an + offs_c[:, None].to(tl.int64) * stride_ac
     g_rows = g_ptr + pid_n * stride_gn + pid_t * stride_gt
@@ -220,11 +220,13 @@ def plan_gradient_cam(
     """
     if reduction in CELLWISE:
         return [_plan_cellwise(activations, gradients, reduction, maps, relu)]
-    launches = []
-    for run in image_chunks(activations):
+    method, launches = WEIGHTED[reduction], []
+    # Gradients pass through the cache between the two looks at the activations.
+    runs = image_chunks(activations, 1 + gradients.shape[1]) if method.needs_sum else [slice(None)]
+    for run in runs:
         a, g, w = activations[run], gradients[run], weights[run]
         launches += [
-            _plan_weights(a, g, WEIGHTED[reduction], w),
+            _plan_weights(a, g, method, w),
             plan_pooled_cam(a, w, maps[run], relu),
         ]
     return launches
@@ -244,7 +246,7 @@ def _plan_cellwise(
         block_p = min(power_of_two(p), _TILE // block_c)
     return Launch(
         cellwise_kernel,
-        (t, ceil_div(p, block_p), n),
+        (t * ceil_div(p, block_p) * n,),
         {
             "a_ptr": activations,
             "g_ptr": gradients,
@@ -274,7 +276,7 @@ def _plan_weights(
         block_p = min(power_of_two(p), _TILE // block_c)
     return Launch(
         gradient_weights_kernel,
-        (t, ceil_div(c, block_c), n),
+        (t * ceil_div(c, block_c) * n,),
         {
             "a_ptr": activations,
             "g_ptr": gradients,

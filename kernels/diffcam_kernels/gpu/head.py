@@ -2,11 +2,12 @@
 
     z = W mean_p(A) + b,   w = (e_c - q) W / P,   M[n, t, p] = sum_c w[n, t, c] A[n, c, p]
 
-Plan: four launches, each of which reads its operand once: the mean of each channel, the matrix
-product with W (PyTorch's: nothing of ours belongs there), `contrast_channel_weights`, and
-`pooled_cam`. The maps need every weight, a weight all logits, and a logit all channels: one launch
-would have to wait for the whole device three times, or read W once for each image, 8 MB for
-ResNet-50 where an image's A has 0.4 MB.
+Plan: the mean of each channel, the matrix product with W (PyTorch's: nothing of ours belongs
+there), the channel weights as `contrast` plans them, and `pooled_cam`: four launches for up to 16
+rows, each of which reads its operand once, and three more for many rows or where W is in half
+precision, of which the products take a float32 copy. The maps need every weight, a weight all
+logits, and a logit all channels: one launch would have to wait for the whole device three times, or
+read W once for each image, 8 MB for ResNet-50 where an image's A has 0.4 MB.
 
 Images go in runs whose A fits in half of the L2 cache: A crosses device memory once, and
 `pooled_cam` finds it in the cache. So does the second launch that reads W.
@@ -17,7 +18,7 @@ Bytes: A, W and the logits once, the maps once. FLOP: 2 N K C + 2 N T K C + N C 
 import torch
 from torch import Tensor
 
-from diffcam_kernels.gpu.contrast import class_by_class, plan_contrast_channel_weights
+from diffcam_kernels.gpu.contrast import class_by_class, fill_channel_weights
 from diffcam_kernels.gpu.gradient import plan_channel_means
 from diffcam_kernels.gpu.launch import image_chunks
 from diffcam_kernels.gpu.pooled import plan_pooled_cam
@@ -47,7 +48,7 @@ def head_cam(
     for run in image_chunks(activations):
         plan_channel_means(activations[run], means[run]).run()
         torch.addmm(shift, means[run], product, out=logits[run])
-        plan_contrast_channel_weights(
+        fill_channel_weights(
             logits[run],
             weight,
             height * width,
@@ -58,6 +59,6 @@ def head_cam(
             w[run],
             chosen[run],
             scores[run],
-        ).run()
+        )
         plan_pooled_cam(activations[run], w[run], maps[run], relu).run()
     return maps, logits, chosen, scores

@@ -54,9 +54,11 @@ def pooled_cam_kernel(
     UNROLL: tl.constexpr,
 ):
     """This program computes (BLOCK_T, BLOCK_P) cells of the maps of one image."""
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    pid_n = tl.program_id(2).to(tl.int64)
+    # One axis: the others of a grid end at 65,535. Targets are next to each other, then cells.
+    pid, blocks_t, blocks_p = tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(P, BLOCK_P)
+    offs_t = pid % blocks_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_p = pid // blocks_t % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    pid_n = (pid // blocks_t // blocks_p).to(tl.int64)
     offs_c = tl.arange(0, BLOCK_C)
     mask_t, mask_p = offs_t < T, offs_p < P
     cells = cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT)
@@ -102,7 +104,7 @@ def plan_pooled_cam(activations: Tensor, weights: Tensor, maps: Tensor, relu: bo
     block_c, block_p = _tile(activations, n, block_t, device_of(activations))
     return Launch(
         pooled_cam_kernel,
-        (ceil_div(t, block_t), ceil_div(p, block_p), n),
+        (ceil_div(t, block_t) * ceil_div(p, block_p) * n,),
         {
             "a_ptr": activations,
             "w_ptr": weights,

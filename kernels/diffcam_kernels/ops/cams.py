@@ -4,12 +4,18 @@ import torch
 from torch import Tensor
 
 from diffcam_kernels import reference as ref
-from diffcam_kernels.ops.checks import require, require_floating, require_one_device
+from diffcam_kernels.ops.checks import (
+    outside_autocast,
+    require,
+    require_floating,
+    require_one_device,
+)
 from diffcam_kernels.ops.contrast import check_contrast
 from diffcam_kernels.settings import uses_kernels
 
 
 @torch.library.custom_op("diffcam::pooled_cam", mutates_args=())
+@outside_autocast
 def pooled_cam(activations: Tensor, weights: Tensor, relu: bool) -> Tensor:
     """M = sum_k w_k A_k, (N, T, h, w); see `diffcam_kernels.reference.pooled_cam`.
 
@@ -39,6 +45,7 @@ def _(activations: Tensor, weights: Tensor, relu: bool) -> Tensor:
 
 
 @torch.library.custom_op("diffcam::head_cam", mutates_args=())
+@outside_autocast
 def head_cam(
     activations: Tensor,
     weight: Tensor,
@@ -85,7 +92,12 @@ def head_cam(
         activations, weight, bias, targets, temperature, relu, reference, weights
     )
     # An operator may not return what it was given.
-    return maps, logits, chosen if targets is None else chosen.clone(), scores
+    return (
+        maps,
+        logits,
+        chosen if targets is None else chosen.clone(memory_format=torch.contiguous_format),
+        scores,
+    )
 
 
 @head_cam.register_fake
@@ -109,6 +121,7 @@ def _(
 
 
 @torch.library.custom_op("diffcam::gradient_cam", mutates_args=())
+@outside_autocast
 def gradient_cam(activations: Tensor, gradients: Tensor, reduction: str, relu: bool) -> Tensor:
     """The map of a gradient method, (N, T, h, w); see `diffcam_kernels.reference.gradient_cam`.
 
@@ -142,6 +155,7 @@ def _(activations: Tensor, gradients: Tensor, reduction: str, relu: bool) -> Ten
 
 
 @torch.library.custom_op("diffcam::eigen_cam", mutates_args=())
+@outside_autocast
 def eigen_cam(activations: Tensor, center: bool) -> Tensor:
     """The first principal component of each image, (N, h, w); see
     `diffcam_kernels.reference.eigen_cam`.

@@ -1,6 +1,26 @@
 """What operators ask of their operands."""
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def outside_autocast(operator: Callable[P, R]) -> Callable[P, R]:
+    """An operator computes in the dtypes it was written for, whatever mode its caller is in."""
+
+    @functools.wraps(operator)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        with torch.autocast(operands[0].device.type, enabled=False):
+            return operator(*args, **kwargs)
+
+    return run
 
 
 def require(holds: bool, message: str) -> None:

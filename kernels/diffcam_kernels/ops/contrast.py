@@ -4,11 +4,17 @@ import torch
 from torch import Tensor
 
 from diffcam_kernels import reference as ref
-from diffcam_kernels.ops.checks import require, require_floating, require_one_device
+from diffcam_kernels.ops.checks import (
+    outside_autocast,
+    require,
+    require_floating,
+    require_one_device,
+)
 from diffcam_kernels.settings import uses_kernels
 
 
 @torch.library.custom_op("diffcam::contrast_gradient", mutates_args=())
+@outside_autocast
 def contrast_gradient(
     logits: Tensor,
     targets: Tensor | None,
@@ -55,6 +61,7 @@ def _(
 
 
 @torch.library.custom_op("diffcam::contrast_channel_weights", mutates_args=())
+@outside_autocast
 def contrast_channel_weights(
     logits: Tensor,
     weight: Tensor,
@@ -138,6 +145,12 @@ def check_contrast(
             f"targets must be (N, T) int64 with N = {n}, got {tuple(targets.shape)} "
             f"{targets.dtype}",
         )
+        # On a GPU the kernels give NaN for what is no class: to raise would be to wait for it.
+        if targets.device.type == "cpu":
+            require(
+                bool(((targets >= 0) & (targets < k)).all()),
+                f"targets must be from 0 to {k - 1}, got {targets.tolist()}",
+            )
     require(
         temperature is None or temperature >= 0,
         "temperature must be 0 (the best other class), positive, or inf (their mean); got "
@@ -170,7 +183,11 @@ def _contrast(
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # An operator may not return what it was given.
-    chosen = ref.predicted(logits) if targets is None else targets.clone()
+    chosen = (
+        ref.predicted(logits)
+        if targets is None
+        else targets.clone(memory_format=torch.contiguous_format)
+    )
     d = ref.contrast_gradient(logits, chosen, temperature, reference, weights)
     return d, chosen, ref.contrast_score(logits, d)
 

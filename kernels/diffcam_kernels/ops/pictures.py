@@ -6,13 +6,19 @@ import torch
 from torch import Tensor
 
 from diffcam_kernels import reference as ref
-from diffcam_kernels.ops.checks import require, require_floating, require_one_device
+from diffcam_kernels.ops.checks import (
+    outside_autocast,
+    require,
+    require_floating,
+    require_one_device,
+)
 from diffcam_kernels.settings import uses_kernels
 
 _HEATMAPS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8)
 
 
 @torch.library.custom_op("diffcam::heatmap", mutates_args=())
+@outside_autocast
 def heatmap(maps: Tensor, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """Maps as pictures in [0, 1], (N, T, H, W); see `diffcam_kernels.reference.heatmap`.
 
@@ -32,7 +38,7 @@ def heatmap(maps: Tensor, height: int, width: int, dtype: torch.dtype | None = N
         from diffcam_kernels.gpu import heatmap as gpu
 
         return gpu.heatmap(maps, height, width, dtype)
-    return ref.heatmap(maps, height, width, dtype)
+    return ref.heatmap(maps, height, width, dtype).contiguous()
 
 
 @heatmap.register_fake
@@ -42,6 +48,7 @@ def _(maps: Tensor, height: int, width: int, dtype: torch.dtype | None = None) -
 
 
 @torch.library.custom_op("diffcam::overlay", mutates_args=())
+@outside_autocast
 def overlay(maps: Tensor, images: Tensor, colours: Tensor, share: int) -> Tensor:
     """Coloured heatmaps blended over images, (N, T, H, W, 3) uint8; see
     `diffcam_kernels.reference.overlay`.
@@ -70,7 +77,7 @@ def overlay(maps: Tensor, images: Tensor, colours: Tensor, share: int) -> Tensor
         from diffcam_kernels.gpu import heatmap as gpu
 
         return gpu.overlay(maps, images, colours, share)
-    return ref.overlay(maps, images, colours, share)
+    return ref.overlay(maps, images, colours, share).contiguous()
 
 
 @overlay.register_fake
@@ -79,6 +86,7 @@ def _(maps: Tensor, images: Tensor, colours: Tensor, share: int) -> Tensor:
 
 
 @torch.library.custom_op("diffcam::preprocess", mutates_args=())
+@outside_autocast
 def preprocess(
     images: Tensor,
     mean: Sequence[float],
