@@ -156,9 +156,12 @@ def _remove_replaced(out: Path, settings: Mapping[str, Any]) -> None:
     if settings.get("report"):
         (out / REPORT_NAME).unlink(missing_ok=True)
         ReportParts(out).remove()
-    if "jsonl" in settings.get("formats", ()):
+    # Of a ledger that may be damaged: any JSON value.
+    formats = settings.get("formats")
+    formats = formats if isinstance(formats, list) else []
+    if "jsonl" in formats:
         JsonlWriter(out).remove()
-    if "parquet" in settings.get("formats", ()):
+    if "parquet" in formats:
         ParquetWriter(out).remove()
 
 
