@@ -423,11 +423,19 @@ def test_a_head_that_compares_with_prototypes(
     assert relative_error(result.maps, expected_maps(model, "features", images(), targets)) < 1e-5
 
 
+def test_as_many_classes_as_channels_behind_a_cosine() -> None:
+    model, targets = Metric(METRICS["cosine"], 8).eval(), torch.tensor([[3, 0]] * 3)
+    result = Explainer(model, relu=False)(images(), targets)
+    assert result.layer == "features"
+    assert relative_error(result.maps, expected_maps(model, "features", images(), targets)) < 1e-5
+
+
 @pytest.mark.parametrize("parametrize", [weight_norm, spectral_norm])
+@pytest.mark.parametrize("classes", [5, 8])
 def test_a_weight_that_is_computed_on_the_way(
-    parametrize: Callable[[nn.Module], nn.Module],
+    parametrize: Callable[[nn.Module], nn.Module], classes: int
 ) -> None:
-    linear = parametrize(nn.Linear(8, 5, bias=False))
+    linear = parametrize(nn.Linear(8, classes, bias=False))
     model, targets = nn.Sequential(*pooled()[:2], linear).eval(), torch.tensor([[3, 0]] * 3)
     result = Explainer(model, relu=False)(images(), targets)
     assert result.layer == "0"
