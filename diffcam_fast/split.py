@@ -169,11 +169,15 @@ class _BeforeSoftmax(_Recording):
     def logits_of(self, probabilities: Tensor) -> Tensor:
         """What the softmax behind these probabilities (N, K) was given."""
         given = self._given.get(probabilities)
-        if given is None:
-            # Inside TorchScript, or named otherwise. The logarithm is off by the same for all
-            # classes, which no softmax sees.
-            return probabilities.log()
-        return given.reshape(probabilities.shape)
+        if given is not None and given.numel() == probabilities.numel():
+            given = given.reshape(probabilities.shape)
+            # Not so where the result was transposed, say: then its elements are in another order.
+            again = given.float().softmax(dim=1)
+            if torch.allclose(again, probabilities.float(), atol=1e-2, equal_nan=True):
+                return given
+        # Inside TorchScript, or rearranged, or named otherwise. The logarithm is off by the same
+        # for all classes, which no softmax sees.
+        return probabilities.log()
 
 
 def _vjp(logits: Tensor, leaf: Tensor, d: Tensor) -> Tensor:

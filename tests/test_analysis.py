@@ -328,6 +328,37 @@ def test_the_softmax_of_the_head_that_is_explained(
     assert torch.allclose(result.logits.float(), alone(images()), atol=1e-5)
 
 
+@pytest.mark.parametrize("gap", [1.0, 60.0])
+@pytest.mark.parametrize(
+    "softmax",
+    [
+        lambda z: z.t().softmax(dim=0).t(),
+        lambda z: z[:, :, None, None].softmax(dim=1)[:, :, 0, 0],
+        lambda z: torch.stack([z * 0, z], dim=1).softmax(dim=2)[:, 1],
+    ],
+    ids=["transposed", "pixel", "row"],
+)
+def test_a_softmax_whose_result_is_rearranged(
+    gap: float, softmax: Callable[[Tensor], Tensor]
+) -> None:
+    class Rearranged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = pooled()
+            with torch.no_grad():
+                self.network[2].bias.copy_(torch.arange(5.0) * gap / 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return softmax(self.network(x))
+
+    model = Rearranged().eval()
+    result = Explainer(model, relu=False, example_inputs=images())(images(), 4)
+    expected = expected_maps(model.network, "0", images(), torch.full((3, 1), 4))
+    assert relative_error(result.maps, expected) < 1e-4
+    logits = model.network(images())
+    assert torch.allclose(result.probabilities, logits.softmax(dim=1), atol=1e-5)
+
+
 def test_a_softmax_out_of_sight_has_the_maps_of_its_logarithm() -> None:
     model = nn.Sequential(pooled(), nn.Softmin(dim=1)).eval()
     assert analyse(model, images(2)).probabilities
@@ -392,11 +423,19 @@ def test_a_head_that_compares_with_prototypes(
     assert relative_error(result.maps, expected_maps(model, "features", images(), targets)) < 1e-5
 
 
+def test_as_many_classes_as_channels_behind_a_cosine() -> None:
+    model, targets = Metric(METRICS["cosine"], 8).eval(), torch.tensor([[3, 0]] * 3)
+    result = Explainer(model, relu=False)(images(), targets)
+    assert result.layer == "features"
+    assert relative_error(result.maps, expected_maps(model, "features", images(), targets)) < 1e-5
+
+
 @pytest.mark.parametrize("parametrize", [weight_norm, spectral_norm])
+@pytest.mark.parametrize("classes", [5, 8])
 def test_a_weight_that_is_computed_on_the_way(
-    parametrize: Callable[[nn.Module], nn.Module],
+    parametrize: Callable[[nn.Module], nn.Module], classes: int
 ) -> None:
-    linear = parametrize(nn.Linear(8, 5, bias=False))
+    linear = parametrize(nn.Linear(8, classes, bias=False))
     model, targets = nn.Sequential(*pooled()[:2], linear).eval(), torch.tensor([[3, 0]] * 3)
     result = Explainer(model, relu=False)(images(), targets)
     assert result.layer == "0"

@@ -449,6 +449,50 @@ def test_out_of_memory_with_one_image_ends_the_run(
     assert "out of memory with a single image" in result.stderr
 
 
+@pytest.mark.parametrize("error", [KeyError("odd"), RuntimeError("batch\nof 3"), StopIteration()])
+def test_a_network_that_takes_small_batches_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    whole = torch.nn.Linear.forward
+
+    def small(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 2:
+            raise error
+        return whole(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", small)
+    result = explain("photos", "-o", "out", "--batch-size", "6", "--json")
+    assert result.exit_code == 0, result.output
+    name = type(error).__name__
+    assert result.stderr.splitlines() == [
+        f"the network raised {name}: batch size 6 -> 3",
+        f"the network raised {name}: batch size 3 -> 2",
+    ]
+    paths = [entry["path"] for entry in ledger(folder / "out")]
+    assert paths == [f"photos/{path.name}" for path in sorted((folder / "photos").iterdir())]
+
+
+def test_an_image_that_the_network_raises_at_stops_no_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = torch.nn.Linear.forward
+
+    def no_blue(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if (x[:, 2] > x[:, :2].amax(dim=1) + 0.05).any():
+            raise KeyError("blue")
+        return whole(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", no_blue)
+    told = summary("photos", "-o", "out", "--batch-size", "4", "--report", status=3)
+    assert told["complete"]
+    assert (told["counts"]["explained"], told["counts"]["failed"]) == (4, 2)
+    entries = {entry["path"]: entry for entry in ledger(folder / "out")}
+    assert entries["photos/002-blue.png"]["reason"] == "the network raised KeyError: 'blue'"
+    monkeypatch.setattr(torch.nn.Linear, "forward", whole)
+    told = summary("photos", "-o", "out", "--batch-size", "4", "--report", "--resume")
+    assert (told["counts"]["explained"], told["counts"]["resumed"]) == (6, 4)
+
+
 def test_another_runtime_error_is_not_hidden(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

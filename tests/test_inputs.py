@@ -126,11 +126,20 @@ def test_the_output_folder_may_be_where_the_images_are(here):
     assert names(find_images(["**"], exclude="p/out")) == ["d", "p/a"]
 
 
+def test_a_glob_takes_no_tables_from_the_output_folder(here):
+    touch(here, "p/a.jpg", "p/photo", "p/ledger.jsonl", "p/maps.parquet", "p/a.npz", "q/unnamed")
+    for pattern, outputs in (("p/*", "p"), ("p/**", "p"), ("[p]/*", ".")):
+        assert paths(find_images([pattern], exclude=outputs)) == ["p/a.jpg"]
+    # Elsewhere, and where it is named, a file may be called anything.
+    assert paths(find_images(["q/*"], exclude="p")) == ["q/unnamed"]
+    assert paths(find_images(["p/photo"], exclude="p")) == ["p/photo"]
+
+
 def test_pictures_of_an_earlier_run_are_no_images(here):
     touch(here, "p/cat.png", "p/cat.overlay.png", "p/cat.heatmap.png", "p/sub/dog.cat.overlay.png")
     assert paths(find_images(["p"])) == ["p/cat.png"]
     assert paths(find_images(["p/**/*.png"])) == ["p/cat.png"]
-    with pytest.raises(ValueError, match="this folder holds no image"):
+    with pytest.raises(ValueError, match=r"holds no image .*; overlays .* are left out"):
         find_images(["p/sub"])
     # Who names one means it.
     assert paths(find_images(["p/cat.overlay.png"])) == ["p/cat.overlay.png"]

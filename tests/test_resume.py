@@ -253,6 +253,27 @@ def test_a_new_run_removes_what_an_earlier_one_wrote_over_all_images(
     assert pq.read_table(out / "maps.parquet").column("path").to_pylist() == ["photos/000-red.png"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"version": 1}',
+        '{"version": 1, "settings": ["npz"]}',
+        '{"version": 1, "settings": {"formats": null}}',
+        '{"version": 1, "settings": {"formats": 1}}',
+        '{"version": 1, "settings": {}}\n{"files": 3}\n{"files": [[], null]}\n{"files": null}',
+    ],
+)
+def test_a_new_run_takes_the_place_of_a_damaged_ledger(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    in_this_process(folder, monkeypatch)
+    (folder / "out").mkdir()
+    (folder / "out" / "ledger.jsonl").write_text(text + "\n")
+    result = run("--format", "npz")
+    assert (result.exit_code, result.stderr) == (3, "photos/001-broken.png: empty file\n")
+    assert len(lines(folder / "out" / "ledger.jsonl")) == 1 + COUNT
+
+
 def in_this_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets ``run`` work in the folder and import its network."""
     monkeypatch.chdir(folder)

@@ -19,7 +19,7 @@ from diffcam_fast.split import head_gradients
 _REARRANGING = frozenset(
     {
         *("view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "expand"),
-        *("permute", "transpose", "t", "as_strided", "as_strided_"),
+        *("permute", "transpose", "t", "select", "as_strided", "as_strided_"),
         *("alias", "detach", "clone", "contiguous", "_to_copy"),
     }
 )

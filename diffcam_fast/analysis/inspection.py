@@ -131,7 +131,8 @@ def _node(model: nn.Module, flow: Trace, layer: str, candidates: tuple[Candidate
 def _candidates(flow: Trace) -> tuple[Candidate, ...]:
     """One per spatial value that all data passes through, last first."""
     found: list[Candidate] = []
-    mixing = [n.index for n in flow.leading_to_logits() if n.parameters and _mixes_channels(n)]
+    mixers = [n for n in flow.leading_to_logits() if _mixes_channels(n)]
+    mixing = [n.index for n in mixers if n.parameters]
     for node in flow.bottlenecks():
         name = _module_of(flow, node)
         if node.grid is None or name is None:
@@ -139,7 +140,9 @@ def _candidates(flow: Trace) -> tuple[Candidate, ...]:
         note = ""
         # Past a bottleneck every later operator belongs to the head.
         behind = sum(index > node.index for index in mixing)
-        if not behind and node.channels == flow.classes:
+        # A weight that is computed on the way, normalised say, is no parameter of its operator.
+        last = not any(n.index > node.index for n in mixers)
+        if last and node.channels == flow.classes:
             note = "no weights between it and the logits: it is a map of class scores"
         elif _averages(node):
             note = "an average of an earlier activation"

@@ -86,8 +86,8 @@ class Summary:
 def run(job: Job, console: Console) -> Summary:
     """Explains the images of a job.
 
-    An image that cannot be read is reported and counted, and stops nothing. Ctrl-C ends the run
-    with whole files and returns what was finished.
+    An image that cannot be read, or that the network raises at, is reported and counted, and stops
+    nothing. Ctrl-C ends the run with whole files and returns what was finished.
 
     Raises:
         ResumeError: The run cannot be resumed, or another one is writing to the folder.
@@ -156,9 +156,12 @@ def _remove_replaced(out: Path, settings: Mapping[str, Any]) -> None:
     if settings.get("report"):
         (out / REPORT_NAME).unlink(missing_ok=True)
         ReportParts(out).remove()
-    if "jsonl" in settings.get("formats", ()):
+    # Of a ledger that may be damaged: any JSON value.
+    formats = settings.get("formats")
+    formats = formats if isinstance(formats, list) else []
+    if "jsonl" in formats:
         JsonlWriter(out).remove()
-    if "parquet" in settings.get("formats", ()):
+    if "parquet" in formats:
         ParquetWriter(out).remove()
 
 
@@ -183,8 +186,7 @@ class _Loop:
         batch: list[Decoded] = []
         for item in self._decoded(pending):
             if isinstance(item, Entry):
-                self.console.say(f"{item.path}: {item.reason}")
-                self._account([item])
+                self._refuse(item)
                 continue
             batch.append(item)
             if len(batch) >= self.summary.batch_size:
@@ -225,32 +227,44 @@ class _Loop:
         while start < len(batch):
             chunk = batch[start : start + self.summary.batch_size]
             result = self._explain(chunk)
-            if result is not None:
+            if isinstance(result, Entry):
+                self._refuse(result)
+                start += 1
+            elif result is not None:
                 self._write(chunk, result)
                 start += len(chunk)
 
-    def _explain(self, chunk: Sequence[Decoded]) -> Explanation | None:
-        """Explains a chunk; None where it did not fit and the batch size was halved."""
+    def _explain(self, chunk: Sequence[Decoded]) -> Explanation | Entry | None:
+        """Explains a chunk.
+
+        None where the network did not take it and the batch size was halved; a failed entry where
+        the network did not take a single image.
+        """
         try:
             pixels = torch.stack([item.pixels for item in chunk])
             targets = [self.job.targets] * len(chunk) if self.job.targets else None
             return self.job.explainer(pixels, targets, topk=self.job.request.topk)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            size = len(chunk)
-            message = str(error)
+        except Exception as error:  # noqa: BLE001 - a network may raise anything
+            full = is_out_of_memory(error)
+            raised = type(error).__name__
+            message = next(iter(str(error).splitlines()), "")
         # Outside of the handler, whose traceback holds on to the tensors that were too large.
-        if torch.cuda.is_available():
+        size = len(chunk)
+        if full and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if size == 1:
+        if size > 1:
+            self.summary.batch_size = (size + 1) // 2
+            problem = "out of memory" if full else f"the network raised {raised}"
+            self.console.say(f"{problem}: batch size {size} -> {self.summary.batch_size}")
+            self.console.why(f"  {message or raised}")
+            return None
+        if full:
             raise OutOfMemory(
                 "out of memory with a single image; try a smaller --size or another --device"
             )
-        self.summary.batch_size = (size + 1) // 2
-        self.console.say(f"out of memory: batch size {size} -> {self.summary.batch_size}")
-        self.console.why(f"  {message.splitlines()[0] if message else 'MemoryError'}")
-        return None
+        reason = f"the network raised {raised}" + (f": {message}" if message else "")
+        source = chunk[0].source
+        return Entry(str(source.path), "failed", name=source.name, reason=reason)
 
     def _write(self, chunk: Sequence[Decoded], result: Explanation) -> None:
         records = list(_records(chunk, result, self.job.labels))
@@ -274,6 +288,10 @@ class _Loop:
                 for record, own in zip(records, files, strict=True)
             ]
         )
+
+    def _refuse(self, entry: Entry) -> None:
+        self.console.say(f"{entry.path}: {entry.reason}")
+        self._account([entry])
 
     def _account(self, entries: list[Entry]) -> None:
         if self.ledger is not None:

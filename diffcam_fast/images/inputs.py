@@ -65,8 +65,8 @@ def find_images(
         text_list: A text file with one path a line; relative paths are relative to the working
             folder. A path in it that does not exist is kept: reading it will say so.
         stdin: The same from a stream.
-        exclude: A folder that is not searched, such as one for outputs inside an input folder; no
-            effect on inputs that are this folder or lie in it.
+        exclude: A folder that is not searched, such as one for outputs inside an input folder.
+            Inputs that are this folder or lie in it are searched, but for image suffixes alone.
 
     Returns:
         The images; empty only where ``text_list`` or ``stdin`` are.
@@ -122,18 +122,24 @@ def _some(found: Iterator[_Found], text: str, kind: str) -> Iterator[_Found]:
         yield item
     if empty:
         wanted = " ".join(sorted(SUFFIXES))
-        raise ValueError(f"{text}: this {kind} holds no image (looked for {wanted})")
+        raise ValueError(
+            f"{text}: this {kind} holds no image (looked for {wanted}; overlays and heatmaps of "
+            "earlier runs are left out)"
+        )
 
 
 def _glob(pattern: str, skip: str | None) -> Iterator[_Found]:
     fixed = Path(*_before_magic(Path(pattern).parts))
-    skip = _skipped_in(fixed, skip)
+    outputs, skip = skip, _skipped_in(fixed, skip)
     for match in sorted(glob.iglob(pattern, recursive=True)):
         path = Path(match)
         if os.path.isdir(path):
             # "**" names every folder below as well: what they hold comes once all the same.
             yield from _walk(path, fixed, skip)
-        elif not _is_inside(path, skip) and not match.endswith(_WRITTEN):
+        elif _is_inside(path, skip) or match.endswith(_WRITTEN):
+            continue
+        # Tables and the ledger of an earlier run are no images, whatever the pattern says.
+        elif not _is_inside(path, outputs) or _is_image_name(path.name):
             yield _Found(path, fixed)
 
 

@@ -228,10 +228,16 @@ class Ledger:
         """Reads what can be read: a ledger to be replaced may be damaged, or something else."""
         self._file.seek(0)
         header, *entries = map(_fields_or_none, self._file.read().splitlines() or [b""])
-        if header is not None and header.get("version") == _VERSION:
-            self.replaced_settings = header["settings"]
-            files = [fields.get("files", ()) for fields in entries if fields is not None]
-            self.replaced_files = frozenset(chain.from_iterable(files))
+        if header is None or header.get("version") != _VERSION:
+            return
+        settings = header.get("settings")
+        if isinstance(settings, dict):
+            self.replaced_settings = settings
+            files = [fields.get("files") for fields in entries if fields is not None]
+            lists = [names for names in files if isinstance(names, list)]
+            self.replaced_files = frozenset(
+                name for name in chain.from_iterable(lists) if isinstance(name, str)
+            )
 
     def _load(self) -> int:
         """Reads the file; returns the number of bytes that are whole lines."""
