@@ -26,7 +26,7 @@ CAPABILITIES = (80, 90, 100)
 # sm_90 and sm_100 have room. Fewer loads in flight, or slower products, would cost everywhere.
 MAY_SPILL = {
     ("eigen_cam", "resnet50 float32 nchw", "80"): 12,
-    ("pooled_cam", "layer1 float16 nchw T=5", "80"): 4,
+    ("pooled_cam", "layer1 float16 nchw T=5", "80"): 6,
 }
 
 
@@ -86,38 +86,28 @@ def _operators() -> Iterator[tuple[str, str, bool, list[Launch]]]:
 
 
 def _contrasts() -> Iterator[tuple[str, str, bool, list[Launch]]]:
-    for n, t, k, c in [
-        (1, 1, 1000, 2048),
-        (64, 5, 1000, 2048),
-        (8, 1, 21841, 1280),
-        (64, 1, 10, 512),
-    ]:
-        for temperature in (0.0, 1.0, float("inf"), None):
-            if temperature != 1.0 and k != 10:
-                continue
-            z, chosen, scores = _empty(n, k), _empty(n, t, dtype=torch.int64), _empty(n, t)
-            asked = None if t == 1 else chosen
-            name = f"N={n} T={t} K={k} C={c} temperature={temperature}"
-            operands = (asked, temperature, None, None)
+    sizes = [(1, 1, 1000, 2048), (64, 5, 1000, 2048), (1, 1, 21841, 1280), (1, 1, 10, 512)]
+    for n, t, k, c in sizes:
+        z, chosen, scores = _empty(n, k), _empty(n, t, dtype=torch.int64), _empty(n, t)
+        asked = None if t == 1 else chosen
+        mask = _empty(n, t, k, dtype=torch.bool)
+        for temperature, reference, blend in [
+            *((temperature, None, None) for temperature in (0.0, 1.0, float("inf"), None)),
+            (1.0, mask, None),
+            (None, None, z),
+        ]:
+            how = "reference" if reference is not None else "weights" if blend is not None else ""
+            name = f"N={n} T={t} K={k} C={c} temperature={temperature} {how}".rstrip()
+            operands = (asked, temperature, reference, blend)
             d, w, weight = _empty(n, t, k), _empty(n, t, c), _empty(k, c)
             plan = contrast.plan_contrast_gradient(z, *operands, d, chosen, scores)
             yield "contrast_gradient", name, False, [plan]
-            # W is what it reads most of; 10 rows of it do not fill a program's threads.
-            plan = contrast.plan_contrast_channel_weights(
-                z, weight, 49, *operands, w, chosen, scores
-            )
-            yield "contrast_channel_weights", name, k > 10, [plan]
-
-    # Classes to contrast with, and given weights.
-    n, t, k, c = 8, 5, 1000, 2048
-    z, weight, w = _empty(n, k), _empty(k, c), _empty(n, t, c)
-    chosen, scores = _empty(n, t, dtype=torch.int64), _empty(n, t)
-    mask = _empty(n, t, k, dtype=torch.bool)
-    for name, reference, blend in (("reference", mask, None), ("weights", None, z)):
-        plan = contrast.plan_contrast_channel_weights(
-            z, weight, 49, chosen, 1.0, reference, blend, w, chosen, scores
-        )
-        yield "contrast_channel_weights", f"N={n} T={t} K={k} C={c} {name}", True, [plan]
+            if n * t == 1:
+                plan = contrast.plan_contrast_channel_weights(
+                    z, weight, 49, *operands, w, chosen, scores
+                )
+                # W is what it reads most of; 10 rows of it do not fill a program's threads.
+                yield "contrast_channel_weights", name, k > 10, [plan]
 
 
 def _pictures() -> Iterator[tuple[str, str, bool, list[Launch]]]:

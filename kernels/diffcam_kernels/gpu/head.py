@@ -3,9 +3,9 @@
     z = W mean_p(A) + b,   w = (e_c - q) W / P,   M[n, t, p] = sum_c w[n, t, c] A[n, c, p]
 
 Plan: the mean of each channel, the matrix product with W (PyTorch's: nothing of ours belongs
-there), the channel weights as `contrast` plans them, and `pooled_cam`: four launches for up to 16
-rows, each of which reads its operand once, and three more for many rows or where W is in half
-precision, of which the products take a float32 copy. The maps need every weight, a weight all
+there), the channel weights as `contrast` plans them, and `pooled_cam`: four launches for a
+single row, each of which reads its operand once, and some more for several rows or where W is in
+half precision, of which the products take a float32 copy. The maps need every weight, a weight all
 logits, and a logit all channels: one launch would have to wait for the whole device three times, or
 read W once for each image, 8 MB for ResNet-50 where an image's A has 0.4 MB.
 
