@@ -148,3 +148,21 @@ def test_readme_numbers_are_the_committed_rows() -> None:
     exact = sum(float(row["error"]) <= 1e-5 for row in explained)
     assert f"{len(explained)} of {len(rows)} are explained, {closed} of them in closed form" in text
     assert f"{exact} agree to 1e-5" in text
+
+
+def test_readme_kernel_table_is_the_committed_rows() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    with open(ROOT / "benchmarks/results/kernels.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["n"] == "64"]
+    found = set()
+    for ours in (row for row in rows if row["name"] == "diffcam"):
+        same = ("op", "layer", "t", "k", "dtype", "layout")
+        others = {r["name"]: r for r in rows if all(r[key] == ours[key] for key in same)}
+        if "compile" in others:
+            ratios = [others[name]["speedup_of_diffcam"] for name in ("eager", "compile")]
+            found.add(" | ".join([ours["ms"], *ratios, ours["share_of_copy"]]))
+    table = text.partition("| kernel | ms |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) > 10
+    for line in table:
+        _, _, cells = line.strip("| ").partition(" | ")
+        assert cells in found, line
