@@ -71,7 +71,7 @@ def contrast_channel_weights(
     reference: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """w = d W / P of a pooled linear head, without writing d where a kernel computes it; see
+    """w = d W / P of a pooled linear head, on CUDA without writing d for a single row; see
     `diffcam_kernels.reference.channel_weights`.
 
     Args:
