@@ -1,0 +1,1 @@
+"""Reverse-mode differentiation of an ONNX graph, rule by rule."""
