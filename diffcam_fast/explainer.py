@@ -12,7 +12,7 @@ from diffcam_fast.analysis import AnalysisError, Inspection, analyse
 from diffcam_fast.analysis.inspection import example_images
 from diffcam_fast.contrast import Contrast
 from diffcam_fast.explanation import Explanation
-from diffcam_fast.methods import get_method
+from diffcam_fast.methods import Method, get_method
 from diffcam_fast.running import OutputError, tensor_named, unwrap
 from diffcam_fast.split import Split, forward, head_gradients
 from diffcam_kernels import ops
@@ -85,13 +85,7 @@ class Explainer:
                 "the model was made under inference_mode, and its tensors can take part in no "
                 "gradient; give a copy.deepcopy of it that is made outside"
             )
-        self._method = get_method(method)
-        default = "log_odds" if temperature is not None else self._method.contrast
-        self._contrast = Contrast.parse(
-            default if contrast is None else contrast, temperature=temperature
-        )
-        if self._method.needs_contrast and self._contrast.name == "none":
-            raise ValueError(f"{method} is defined by its contrast; without one it is grad_cam")
+        self._method, self._contrast = method_and_contrast(method, contrast, temperature)
         self._relu = relu
         self._lock = threading.Lock()
         self._inspections: dict[tuple[int, ...], Inspection] = {}
@@ -285,6 +279,22 @@ class Explainer:
             except Exception as error:  # noqa: BLE001 - whatever a model raises at a size it does not take
                 refused.append(f"{size[0]} x {size[1]}: {error}")
         self._why_not = f"the model takes no random images of the usual sizes ({refused[0]})"
+
+
+def method_and_contrast(
+    method: str, contrast: str | Contrast | None, temperature: float | None
+) -> tuple[Method, Contrast]:
+    """The method of this name and the contrast that it takes, as `Explainer` reads them.
+
+    Raises:
+        ValueError: an unknown method or contrast, or settings that exclude each other.
+    """
+    found = get_method(method)
+    default = "log_odds" if temperature is not None else found.contrast
+    parsed = Contrast.parse(default if contrast is None else contrast, temperature=temperature)
+    if found.needs_contrast and parsed.name == "none":
+        raise ValueError(f"{method} is defined by its contrast; without one it is grad_cam")
+    return found, parsed
 
 
 def _dotted_name(model: nn.Module, layer: str | nn.Module | None) -> str | None:

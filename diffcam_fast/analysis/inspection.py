@@ -51,6 +51,7 @@ class Inspection:
         probabilities: the model ends in a softmax; what that is given are the logits.
         candidates: the layers all of the data passes through, last first; where there are none,
             the layers nearest to the logits.
+        input_shape: (C, H, W) of the images that it holds for.
     """
 
     layer: str
@@ -62,6 +63,7 @@ class Inspection:
     weight: str | None
     probabilities: bool
     candidates: tuple[Candidate, ...]
+    input_shape: tuple[int, int, int]
 
 
 def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> Inspection:
@@ -101,6 +103,7 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
         weight=head.weight,
         probabilities=head.probabilities,
         candidates=candidates,
+        input_shape=(images.shape[1], images.shape[2], images.shape[3]),
     )
 
 

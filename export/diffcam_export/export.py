@@ -1,0 +1,280 @@
+"""`export_onnx`: from a classifier to one ONNX file that explains itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from diffcam_export.attach import attach, bake
+from diffcam_export.cam import MAP, CamOptions, cam_head
+from diffcam_export.classifier import Classifier, Layers, from_onnx, from_pytorch
+from diffcam_export.contrast import TARGETS_INPUT
+from diffcam_export.function import DOMAIN
+from diffcam_export.metadata import Facts
+from diffcam_export.pictures import HeatmapType
+from diffcam_export.save import save
+from diffcam_fast import __version__
+from diffcam_fast.contrast import Contrast
+from diffcam_fast.explainer import method_and_contrast
+from diffcam_fast.images.preprocess import Preprocess
+from diffcam_fast.models.loading import LoadedModel, Weights
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        layers: the names of the target layers.
+        heads: `closed form` or `backward of the head` for each.
+        reasons: why, for each.
+        nodes: of the plain model.
+        added_nodes: of its CAM head.
+        added_bytes: what the file grew by, over the plain model written the same way.
+    """
+
+    path: Path
+    layers: tuple[str, ...]
+    heads: tuple[str, ...]
+    reasons: tuple[str, ...]
+    nodes: int
+    added_nodes: int
+    added_bytes: int
+
+
+def export_onnx(
+    model: nn.Module | LoadedModel | str | Path,
+    out: str | Path,
+    *,
+    example_inputs: Tensor | None = None,
+    layer: Layers = None,
+    method: str = "diff_grad_cam",
+    contrast: str | Contrast | None = None,
+    temperature: float | None = None,
+    relu: bool = True,
+    targets: Literal["predicted", "input"] = "predicted",
+    topk: int | None = None,
+    heatmap: HeatmapType | None = None,
+    preprocess: Preprocess | None = None,
+    bake_preprocess: bool = False,
+    labels: Sequence[str] | None = None,
+    dtype: Literal["float32", "float16"] | None = None,
+    dynamic_size: bool = False,
+    opset: int | None = None,
+    inline: bool = False,
+    weights: Weights = None,
+    logits: str | None = None,
+) -> Exported:
+    """Writes one plain ONNX file whose outputs are those of the classifier and the map.
+
+    The added outputs are `diffcam_map`, float32 (N, T, h, w), in the unit of the score per cell,
+    `diffcam_target`, int64 (N, T), the explained classes, and `diffcam_heatmap`, (N, T, H, W),
+    where it is asked for. With several layers the further maps are `diffcam_map_1`, ... The outputs
+    of the classifier keep their names, their order and their values. The file holds no custom
+    operators, and takes any batch size.
+
+    Args:
+        model: an `nn.Module`; or `torchvision:NAME`, `timm:NAME`, `package.module:factory`, the
+            path of a `.pt2` file, as everywhere; or the path of an ONNX file.
+        out: the file to write. It appears whole or not at all.
+        example_inputs: (N, C, H, W), what the module takes; None: random images of the size that
+            the model tells, or of a usual one. Not for an ONNX file.
+        layer: a module or its dotted name, or several; for an ONNX file the name of a tensor.
+            None: the last spatial activation before the classifier.
+        method: as in `Explainer`.
+        contrast: as in `Explainer`.
+        temperature: as in `Explainer`.
+        relu: clip negative cells of the maps to 0.
+        targets: `predicted`, or `input`: the file takes classes as a further input `targets`,
+            int64 (n, T) with n = N or 1, where -1 stands for the prediction; left out, it is [[-1]].
+        topk: explain the k classes of the largest logits instead.
+        heatmap: also make heatmaps of the network's input size: `float32` in [0, 1], or `uint8`.
+        preprocess: from a photograph to the network's input; None: the model's own, where it is
+            known. Kept in the file.
+        bake_preprocess: the file takes photographs, uint8 (N, height, width, 3) of any size.
+        labels: K class names, kept in the file; None: the model's own, where they are known.
+        dtype: of the exported weights; None: as they are. Not for an ONNX file.
+        dynamic_size: height and width may change from call to call. An ONNX file stays as it is.
+        opset: version of the default operator set; None: 18, or that of the ONNX file.
+        inline: leave the added nodes among the others; else they are one ONNX function.
+        weights: as in `load_model`, for a model by name.
+        logits: for an ONNX file of several outputs, the name of the one with the logits.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: an option that does not fit, a model that cannot be loaded, analysed or
+            exported; the message says what to do. No file is written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), head)
+        >>> path = Path(tempfile.mkdtemp(), "model.cam.onnx")
+        >>> done = export_onnx(model, path, example_inputs=torch.rand(2, 3, 8, 8))
+        >>> done.layers, done.heads
+        (('1',), ('closed form',))
+    """
+    options = _options(method, contrast, temperature, relu, targets, topk, heatmap)
+    if isinstance(model, str | Path) and str(model).endswith(".onnx"):
+        _refuse_for_onnx(example_inputs=example_inputs, dtype=dtype, weights=weights)
+        classifier = from_onnx(Path(model), layers=layer, logits=logits)
+    else:
+        classifier = from_pytorch(
+            str(model) if isinstance(model, Path) else model,
+            example_inputs=example_inputs,
+            layers=layer,
+            dtype=dtype,
+            dynamic_size=dynamic_size,
+            opset=opset,
+            weights=weights,
+        )
+    classifier = dataclasses.replace(
+        classifier,
+        preprocess=preprocess or classifier.preprocess,
+        labels=tuple(labels) if labels is not None else classifier.labels,
+    )
+    return write_explained(
+        classifier, Path(out), options, inline=inline, bake_preprocess=bake_preprocess
+    )
+
+
+def write_explained(
+    classifier: Classifier,
+    out: Path,
+    options: CamOptions,
+    *,
+    inline: bool = False,
+    bake_preprocess: bool = False,
+) -> Exported:
+    """Adds the CAM head to a classifier, whose graph it changes, and writes it.
+
+    Raises:
+        MissingRuleError: an operator between a layer and the logits has no derivative here.
+        ValueError: the classifier is explained already, or its preprocessing is not known.
+    """
+    _check(classifier, options, bake_preprocess=bake_preprocess)
+    model = classifier.model
+    nodes, plain_bytes = sum(1 for _ in model.graph.all_nodes()), _graph_bytes(model)
+    head = cam_head(classifier.founds, classifier.images, options, prefix=DOMAIN)
+    heads = tuple(
+        _HEADS[found.weight is not None and options.method.pooled] for found in classifier.founds
+    )
+    facts = _facts(classifier, options, heads, baked=bake_preprocess)
+    attach(model, head, inline=inline)
+    if bake_preprocess:
+        assert classifier.preprocess is not None
+        bake(model, classifier.images, classifier.preprocess)
+    model.metadata_props.update(facts.texts())
+    added_bytes = _graph_bytes(model) - plain_bytes
+    save(model, out)
+    return Exported(
+        path=out,
+        layers=classifier.layers,
+        heads=heads,
+        reasons=tuple(found.reason for found in classifier.founds),
+        nodes=nodes,
+        added_nodes=len(head.nodes),
+        added_bytes=added_bytes,
+    )
+
+
+_HEADS = {True: "closed form", False: "backward of the head"}
+
+
+def _options(
+    method: str,
+    contrast: str | Contrast | None,
+    temperature: float | None,
+    relu: bool,
+    targets: Literal["predicted", "input"],
+    topk: int | None,
+    heatmap: HeatmapType | None,
+) -> CamOptions:
+    if targets not in ("predicted", "input"):
+        raise ValueError(f"targets must be 'predicted' or 'input', got {targets!r}")
+    if topk is not None and (targets == "input" or topk < 1):
+        raise ValueError(f"topk must be at least 1 and excludes targets='input'; got {topk}")
+    if heatmap not in (None, "float32", "uint8"):
+        raise ValueError(f"heatmap must be None, 'float32' or 'uint8', got {heatmap!r}")
+    found, parsed = method_and_contrast(method, contrast, temperature)
+    if parsed.weights is not None and parsed.weights.ndim != 1:
+        raise ValueError(
+            "the weights of a contrast must be (K,) in a file, the same for every image; got "
+            f"{tuple(parsed.weights.shape)}"
+        )
+    return CamOptions(
+        found,
+        parsed,
+        relu=relu,
+        targets="input" if targets == "input" else topk or "predicted",
+        heatmap=heatmap,
+    )
+
+
+def _refuse_for_onnx(**given: object) -> None:
+    names = [name for name, value in given.items() if value not in (None, False)]
+    if names:
+        raise ValueError(f"an ONNX file is taken as it is; leave out {', '.join(names)}")
+
+
+def _check(classifier: Classifier, options: CamOptions, *, bake_preprocess: bool) -> None:
+    graph = classifier.model.graph
+    taken = {value.name for value in [*graph.inputs, *graph.outputs]}
+    if MAP in taken or DOMAIN in classifier.model.opset_imports:
+        raise ValueError(f"{classifier.source} explains itself already; export the plain model")
+    if TARGETS_INPUT in taken and options.targets == "input":
+        raise ValueError(f"the model has an input or output {TARGETS_INPUT!r} of its own")
+    if bake_preprocess and classifier.preprocess is None:
+        raise ValueError(
+            f"it is not known how photographs are prepared for {classifier.source}; give preprocess"
+        )
+    shape = classifier.founds[0].logits.shape
+    classes = shape[1] if shape is not None else None
+    if not isinstance(classes, int):
+        raise ValueError(f"the number of classes is not known from the file: logits are {shape}")
+    k = options.targets if isinstance(options.targets, int) else 1
+    if k > classes:
+        raise ValueError(f"topk must be from 1 to the {classes} classes, got {k}")
+    labels = classifier.labels
+    if labels is not None and len(labels) != classes:
+        raise ValueError(f"there are {len(labels)} labels for {classes} classes")
+
+
+def _facts(
+    classifier: Classifier, options: CamOptions, heads: tuple[str, ...], *, baked: bool
+) -> Facts:
+    found, contrast = classifier.founds[0], options.contrast
+    return Facts(
+        version=__version__,
+        source=classifier.source,
+        layer=classifier.layers,
+        method=options.method.name,
+        contrast=contrast.name,
+        temperature=None if contrast.weights is not None else contrast.temperature,
+        reference=contrast.reference,
+        relu=options.relu,
+        head=heads,
+        input=str(classifier.images.name),
+        output=str(found.output.name),
+        probabilities=found.probabilities,
+        preprocess=classifier.preprocess,
+        baked=baked,
+        labels=classifier.labels,
+    )
+
+
+def _graph_bytes(model: ir.Model) -> int:
+    """Of the file without its weights."""
+    stripped = ir.to_proto(model)
+    for tensor in stripped.graph.initializer:
+        tensor.ClearField("raw_data")
+    return int(stripped.ByteSize())
