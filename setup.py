@@ -1,7 +1,7 @@
 """Packaging of diffcam-fast: one distribution, several source roots.
 
-`kernels/`, `export/` and `benchmarks/` are source roots without an `__init__.py` of their own: an import
-package called `kernels` would collide with a published one of that name.
+`kernels/`, `export/` and `benchmarks/` are source roots without an `__init__.py` of their own: an
+import package called `kernels` would collide with a published one of that name.
 """
 
 from pathlib import Path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor
 
 from diffcam_export.contrast import chosen_classes, contrast_gradient
 from diffcam_export.emit import Emitter

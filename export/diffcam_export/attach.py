@@ -67,9 +67,7 @@ def bake(model: ir.Model, images: ir.Value, preprocess: Preprocess) -> ir.Value:
         )
     assert images.dtype is not None
     batch = images.shape[0] if images.shape is not None else None
-    photographs = ir.val(
-        images.name, ir.DataType.UINT8, [batch, "photo_height", "photo_width", 3]
-    )
+    photographs = ir.val(images.name, ir.DataType.UINT8, [batch, "photo_height", "photo_width", 3])
     emit = Emitter(f"{DOMAIN}/photo")
     ready = prepared(emit, photographs, preprocess, images.dtype)
     images.replace_all_uses_with(ready)

@@ -95,9 +95,7 @@ def cam_head(
     return CamHead(emit.nodes, outputs, asked)
 
 
-def _maps(
-    emit: Emitter, found: Found, d: ir.Value, options: CamOptions, several: bool
-) -> ir.Value:
+def _maps(emit: Emitter, found: Found, d: ir.Value, options: CamOptions, several: bool) -> ir.Value:
     """(N, T, h, w) from d (N, T, K)."""
     a = _cells(emit, found.layer, found)
     if found.weight is not None and options.method.pooled:
@@ -194,9 +192,9 @@ def _class_rows(emit: Emitter, found: Found) -> ir.Value:
     """W (K, C) float32."""
     assert found.weight is not None
     weight = _cast(emit, found.weight, ir.DataType.FLOAT)
-    if found.weight_layout == "kc11":
+    if found.weight_layout == "KC11":
         return emit("Flatten", weight, axis=1)
-    return emit("Transpose", weight, perm=[1, 0]) if found.weight_layout == "ck" else weight
+    return emit("Transpose", weight, perm=[1, 0]) if found.weight_layout == "CK" else weight
 
 
 def _cast(emit: Emitter, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:

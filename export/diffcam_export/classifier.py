@@ -1,7 +1,6 @@
-"""The classifier that is to explain itself: a plain ONNX graph, read and analysed, from anywhere."""
+"""The classifier that is to explain itself, from anywhere: a plain ONNX graph, analysed."""
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +104,7 @@ def from_pytorch(
         exported = copy.deepcopy(module).to(_DTYPES[dtype])
         images = images.to(_DTYPES[dtype])
     names = tuple(found.layer for found in inspections)
-    plain = plain_graph(
-        exported, images, names, dynamic_size=dynamic_size, opset=opset or OPSET
-    )
+    plain = plain_graph(exported, images, names, dynamic_size=dynamic_size, opset=opset or OPSET)
     founds = tuple(
         analyse(plain.model.graph, layer=value.name, logits=plain.output.name)
         for value in plain.layers

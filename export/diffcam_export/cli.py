@@ -11,6 +11,7 @@ from diffcam_fast.cli.explain import CONTRASTS, METHODS
 
 if TYPE_CHECKING:
     from diffcam_export.export import Exported
+    from diffcam_fast.models.loading import LoadedModel
 
 FAILED = 1
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -45,7 +46,9 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--size", help="Input size of the network: 224, or HEIGHTxWIDTH.")
 @click.option("--dynamic-size", is_flag=True, help="Height and width may change between calls.")
 @click.option("--half", is_flag=True, help="Weights and network in float16.")
-@click.option("--opset", type=click.IntRange(18), help="Of the file.  [default: 18, or the input's]")
+@click.option(
+    "--opset", type=click.IntRange(18), help="Of the file.  [default: 18, or the input's]"
+)
 @click.option("--inline", is_flag=True, help="No ONNX function; all nodes side by side.")
 @click.option("--logits", help="Output with the logits, for an ONNX file with several.")
 @click.option(
@@ -88,11 +91,11 @@ def export(
     from diffcam_export.export import export_onnx
     from diffcam_fast.cli.job import resized
     from diffcam_fast.models.labels import read_labels
-    from diffcam_fast.models.loading import LoadedModel, load_model
+    from diffcam_fast.models.loading import load_model
 
     from_onnx = model is not None and model.endswith(".onnx")
     try:
-        given: LoadedModel | Path
+        given: "LoadedModel | Path"
         if from_onnx:
             assert model is not None
             _only_for_pytorch(weights=weights, size=size, half=half, dynamic_size=dynamic_size)

@@ -93,7 +93,7 @@ def export_onnx(
         temperature: as in `Explainer`.
         relu: clip negative cells of the maps to 0.
         targets: `predicted`, or `input`: the file takes classes as a further input `targets`,
-            int64 (n, T) with n = N or 1, where -1 stands for the prediction; left out, it is [[-1]].
+            int64 (n, T) with n = N or 1, where -1 stands for the prediction; it may be left out.
         topk: explain the k classes of the largest logits instead.
         heatmap: also make heatmaps of the network's input size: `float32` in [0, 1], or `uint8`.
         preprocess: from a photograph to the network's input; None: the model's own, where it is

@@ -33,9 +33,7 @@ def as_function(
         ir.Value(name=f"{name}_{index}", type=value.type) for index, value in enumerate(outside)
     ]
     _replace_inputs(nodes, dict(zip(outside, parameters, strict=True)))
-    graph = ir.Graph(
-        parameters, list(inner), nodes=nodes, opset_imports={"": opset}, name=name
-    )
+    graph = ir.Graph(parameters, list(inner), nodes=nodes, opset_imports={"": opset}, name=name)
     function = ir.Function(DOMAIN, name, graph=graph, attributes=[])
     call = ir.node(
         name, inputs=outside, domain=DOMAIN, num_outputs=len(inner), name=f"{DOMAIN}/{name}"

@@ -75,7 +75,9 @@ def _truth(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _preprocess(preprocess: Preprocess, baked: bool) -> dict[str, Sequence[float] | float | str | bool]:
+def _preprocess(
+    preprocess: Preprocess, baked: bool
+) -> dict[str, Sequence[float] | float | str | bool]:
     facts: dict[str, Sequence[float] | float | str | bool] = {
         "size": list(preprocess.size),
         "crop_pct": preprocess.crop_pct,

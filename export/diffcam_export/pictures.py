@@ -31,9 +31,17 @@ def heatmap(emit: Emitter, maps: ir.Value, size: ir.Value, kind: HeatmapType) ->
     unit = emit("Div", emit("Sub", maps, low), divisor)
     # Of a map with NaN all is NaN: a minimum need not carry it on.
     unit = emit("Add", unit, emit("Mul", emit("ReduceSum", unit, cells, keepdims=1), _zero(emit)))
-    whole = emit("Concat", emit("Shape", maps, dtype=ir.DataType.INT64, start=0, end=2), size, axis=0)
+    whole = emit(
+        "Concat", emit("Shape", maps, dtype=ir.DataType.INT64, start=0, end=2), size, axis=0
+    )
     resized = emit(
-        "Resize", unit, None, None, whole, mode="linear", coordinate_transformation_mode="half_pixel"
+        "Resize",
+        unit,
+        None,
+        None,
+        whole,
+        mode="linear",
+        coordinate_transformation_mode="half_pixel",
     )
     # Interpolation weights may sum to one unit in the last place above 1.
     heat = emit("Clip", resized, emit.like(resized, 0), emit.like(resized, 1))
@@ -113,12 +121,13 @@ def _resized_sides(emit: Emitter, sides: ir.Value, target: list[int]) -> ir.Valu
     return emit("Max", whole, emit.ints(height, width))
 
 
-def _cropped(
-    emit: Emitter, x: ir.Value, sides: ir.Value, size: tuple[int, int]
-) -> ir.Value:
+def _cropped(emit: Emitter, x: ir.Value, sides: ir.Value, size: tuple[int, int]) -> ir.Value:
     """The centre of x (N, C, height, width), with Python's rounding of half a pixel."""
     spare = emit("Sub", sides, emit.ints(*size))
-    half = emit("Mul", emit("Cast", spare, dtype=ir.DataType.FLOAT, to=ir.DataType.FLOAT),
-                emit.constant(np.array(0.5, np.float32)))
+    half = emit(
+        "Mul",
+        emit("Cast", spare, dtype=ir.DataType.FLOAT, to=ir.DataType.FLOAT),
+        emit.constant(np.array(0.5, np.float32)),
+    )
     start = emit("Cast", emit("Round", half), dtype=ir.DataType.INT64, to=ir.DataType.INT64)
     return emit("Slice", x, start, emit("Add", start, emit.ints(*size)), emit.ints(2, 3))
