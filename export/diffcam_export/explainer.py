@@ -111,7 +111,7 @@ class OnnxExplainer:
         self._count = maps[1] if len(maps) == 4 and isinstance(maps[1], int) else 1
         classes = shapes[self._facts.output][1]
         # Where the file does not say, classes that are out of range are left to ONNX Runtime.
-        self._classes = classes if isinstance(classes, int) else 2**31
+        self._classes = classes if isinstance(classes, int) else None
         self._input = _image_input(self._opened, self._facts, path)
 
     @property
@@ -143,6 +143,16 @@ class OnnxExplainer:
     def size(self) -> tuple[int | None, int | None]:
         """Height and width that the file takes, each None where any will do."""
         return self._input.size
+
+    @property
+    def classes(self) -> int | None:
+        """K, or None where the file does not say."""
+        return self._classes
+
+    @property
+    def device(self) -> str:
+        """Where the results are: `cpu`, or `cuda:0`."""
+        return str(self._opened.device)
 
     @property
     def backend(self) -> str:
@@ -289,7 +299,7 @@ class OnnxExplainer:
                 "targets='input'"
             )
         # Only the shape is read, so that the classes are checked as the engine checks them.
-        logits = torch.empty((), device=self._opened.device).expand(n, self._classes)
+        logits = torch.empty((), device=self._opened.device).expand(n, self._classes or 2**31)
         return _resolve(targets, None, logits)
 
     def _in_batches(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
