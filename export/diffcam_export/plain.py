@@ -41,7 +41,8 @@ def plain_part(path: Path) -> Plain:
     kept = [value for value in graph.outputs if not str(value.name).startswith(PREFIX)]
     graph.outputs[:] = kept
     unused = ir.passes.Sequential(
-        common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass()
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call],  # type: ignore[no-untyped-call]
     )
     unused(model)
     # The classes that were asked for: nothing reads them any more.
