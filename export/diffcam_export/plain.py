@@ -42,7 +42,7 @@ def plain_part(path: Path) -> Plain:
     graph.outputs[:] = kept
     unused = ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call],  # type: ignore[no-untyped-call]
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
     )
     unused(model)
     # The classes that were asked for: nothing reads them any more.
