@@ -13,7 +13,6 @@ from typing import Any, Literal, TextIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
 from diffcam_fast.cli.console import Console, shortened
 from diffcam_fast.cli.onnx import Described, Explains, open_explained
@@ -161,8 +160,10 @@ def prepare(request: Request, console: Console) -> Job:
         )
     with _running(loaded):
         # One image tells the number of classes before any output is touched.
-        grey = Image.new("RGB", loaded.preprocess.size[::-1], (128, 128, 128))
-        trial = explainer(loaded.preprocess(grey)[None])
+        blank = torch.zeros(1, 3, *loaded.preprocess.size)
+        if isinstance(loaded, Described) and loaded.single:
+            blank = torch.zeros(1, *loaded.preprocess.size, 3, dtype=torch.uint8)
+        trial = explainer(blank)
     classes = trial.logits.shape[1]
     labels = loaded.labels if request.labels is None else read_labels(request.labels)
     if request.labels is None and labels is not None and len(labels) != classes:
