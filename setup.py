@@ -77,6 +77,8 @@ setup(
             "pytest>=8",
             "selenium>=4.20",
             "setuptools>=77",
+            # The schema that config.pbtxt is checked against.
+            "tritonclient>=2.60",
         ],
         "dev": ["mypy==2.4.1", "ruff==0.17.6"],
     },

@@ -77,6 +77,8 @@ def load_model(spec: str | None, *, weights: Weights = None, device: str = "cpu"
         hint = ""
         if spec.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")):
             hint = "; a weights file goes with its architecture: -m torchvision:NAME --weights FILE"
+        elif spec.endswith(".onnx"):
+            hint = "; an ONNX file is no PyTorch model: diffcam export makes it explain itself"
         raise ValueError(f"{spec!r} names no model; expected {_FORMS}{hint}")
     return replace(loaded, model=loaded.model.to(target).eval())
 

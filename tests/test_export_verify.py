@@ -1,0 +1,329 @@
+"""`diffcam verify`, `diffcam explain` on an ONNX file, and Triton's repository."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from commandline import write_images
+from diffcam_export.triton_repo import write_triton_repository
+from diffcam_export.verify import Report, verify
+from diffcam_export.verify_cli import verify as command
+from diffcam_fast import Explainer
+from diffcam_fast.cli.main import main
+from diffcam_fast.images.preprocess import Preprocess
+from explained import PREPROCESS, write_explained
+from networks import pooled
+
+CPU = ["CPUExecutionProvider"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "any.cam.onnx"
+    write_explained(path, targets=True, labels=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "fixed.cam.onnx"
+    write_explained(path, batch=2, size=(10, 12), topk=3)
+    return path
+
+
+@pytest.fixture
+def edited(made: Path, tmp_path: Path) -> Callable[[Callable[[onnx.ModelProto], None]], Path]:
+    def edit(change: Callable[[onnx.ModelProto], None]) -> Path:
+        model = onnx.load(made)
+        change(model)
+        onnx.save(model, tmp_path / "edited.onnx")
+        return tmp_path / "edited.onnx"
+
+    return edit
+
+
+def scale(model: onnx.ModelProto, output: str, factor: float) -> None:
+    """Multiplies an output by a number: what is wrong with it is known."""
+    inner = f"{output}_before"
+    for node in model.graph.node:
+        node.output[:] = [inner if name == output else name for name in node.output]
+        node.input[:] = [inner if name == output else name for name in node.input]
+    tensor = onnx.numpy_helper.from_array(np.array(factor, dtype=np.float32), f"{output}_factor")
+    model.graph.initializer.append(tensor)
+    node = onnx.helper.make_node("Mul", [inner, f"{output}_factor"], [output])
+    model.graph.node.append(node)
+
+
+def checked(path: Path, *, rounds: int = 0, **options: object) -> Report:
+    return verify(path, providers=CPU, threads=1, rounds=rounds, **options)  # type: ignore[arg-type]
+
+
+def verdicts(report: Report) -> dict[str, str]:
+    return {check.name: check.verdict for check in report.checks}
+
+
+def detail(report: Report, name: str) -> str:
+    return next(check.detail for check in report.checks if check.name == name)
+
+
+def test_a_good_file(made: Path) -> None:
+    report = checked(made, against=pooled(), rounds=2)
+    assert report.ok, report.lines()
+    assert set(verdicts(report).values()) == {"ok"}
+    assert [name for name in verdicts(report) if name.startswith("runs")] == [
+        "runs 1 x 3 x 10 x 12",
+        "runs 1 x 3 x 42 x 76",
+        "runs 3 x 3 x 10 x 12",
+        "runs 3 x 3 x 42 x 76",
+    ]
+    assert "bit for bit" in detail(report, "own outputs")
+    assert "CPUExecutionProvider" in detail(report, "placement")
+    assert "times the plain model" in detail(report, "latency")
+    # The nodes of the map alone; the network has eight.
+    total = sum(node.op_type != "Constant" for node in onnx.load(made).graph.node)
+    assert detail(report, "added").startswith(f"{total - 8} nodes, ")
+
+
+def test_a_file_of_fixed_sizes(fixed: Path) -> None:
+    report = checked(fixed, against=pooled())
+    assert report.ok, report.lines()
+    assert [name for name in verdicts(report) if name.startswith("runs")] == [
+        "runs 2 x 3 x 10 x 12"
+    ]
+    assert verdicts(report)["latency"] == "skipped"
+
+
+def test_without_the_model_the_maps_are_not_compared(made: Path) -> None:
+    report = checked(made)
+    assert report.ok
+    assert verdicts(report)["map of 0"] == "skipped"
+    assert "no PyTorch model" in detail(report, "map of 0")
+
+
+def test_a_wrong_map_is_found(edited: Callable[..., Path]) -> None:
+    report = checked(edited(lambda model: scale(model, "diffcam_map", 1.001)), against=pooled())
+    assert not report.ok
+    assert [name for name, verdict in verdicts(report).items() if verdict == "failed"] == [
+        "map of 0"
+    ]
+    assert "1.0e-03 of at most 1e-04" in detail(report, "map of 0")
+
+
+def test_other_outputs_are_found(made: Path, edited: Callable[..., Path], tmp_path: Path) -> None:
+    plain = tmp_path / "plain.onnx"
+    model = onnx.load(made)
+    # The graph without maps, as it was before the export.
+    del model.graph.output[1:]
+    onnx.save(model, plain)
+    assert checked(made, against=plain).ok
+    wrong = edited(lambda model: scale(model, "logits", 1.01))
+    report = checked(wrong, against=str(plain))
+    assert verdicts(report)["own outputs"] == "failed"
+    assert "1.0e-02" in detail(report, "own outputs")
+
+
+def test_nan_and_a_wrong_class_are_found(edited: Callable[..., Path]) -> None:
+    report = checked(edited(lambda model: scale(model, "diffcam_map", np.nan)), against=pooled())
+    assert verdicts(report)["runs 1 x 3 x 10 x 12"] == "failed"
+    assert verdicts(report)["map of 0"] == "failed"
+
+    def largest_becomes_smallest(model: onnx.ModelProto) -> None:
+        scale(model, "logits", -1.0)
+
+    report = checked(edited(largest_becomes_smallest))
+    assert "not that of the largest logit" in detail(report, "runs 1 x 3 x 10 x 12")
+
+
+def test_a_damaged_file(made: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(made.read_bytes()[:700])
+    report = checked(path)
+    assert verdicts(report) == dict.fromkeys(("checker", "shapes", "opens"), "failed")
+
+
+def test_verify_command(made: Path, edited: Callable[..., Path], tmp_path: Path) -> None:
+    runner = CliRunner()
+    done = runner.invoke(command, [str(made), "--rounds", "0", "--threads", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["ok"] is True
+    assert {check["verdict"] for check in told["checks"]} == {"ok", "skipped"}
+    wrong = edited(lambda model: scale(model, "logits", 1.01))
+    done = runner.invoke(
+        command, [str(wrong), "--against", str(made), "--rounds", "0", "--threads", "1"]
+    )
+    assert done.exit_code == 1
+    assert "own outputs" in done.stdout
+    for arguments, message in (
+        ([str(tmp_path / "none.onnx")], "there is no file"),
+        ([str(made), "--against", str(tmp_path / "none.onnx")], "there is no file"),
+        ([str(made), "--against", "cat"], "names no model"),
+    ):
+        done = runner.invoke(command, arguments)
+        assert done.exit_code == 2
+        assert message in done.stderr
+
+
+def explain(*arguments: str | Path) -> tuple[int, str, str]:
+    done = CliRunner().invoke(main, ["explain", *map(str, arguments)])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_explain_takes_an_explained_file(made: Path, tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", 3)
+    out = tmp_path / "out"
+    asked = ["-m", made, "-o", out, "--format", "npz", "--target", "class 4", "--target", "1"]
+    code, stdout, stderr = explain(tmp_path / "photos", *asked, "--device", "cpu", "--json", "-v")
+    assert code == 0, stderr
+    told = json.loads(stdout)
+    assert told["backend"] == "onnxruntime (CPUExecutionProvider), closed form"
+    assert (told["layer"], told["method"], told["contrast"]) == ("0", "diff_grad_cam", "log_odds")
+    assert "layer: 0, of a model without a name" in stderr
+    preprocess = Preprocess(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in PREPROCESS.items()}
+    )  # type: ignore[arg-type]
+    engine = Explainer(pooled(), layer="0")
+    for photo in photos:
+        with Image.open(photo) as image:
+            expected = engine(preprocess(image)[None], [[4, 1]])
+        (found,) = out.rglob(f"{photo.stem}*.npz")
+        with np.load(found) as arrays:
+            assert np.allclose(arrays["maps"], expected.maps[0].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "grad_cam"], "--method is grad_cam, but .* exported with diff_grad_cam"),
+        (["--contrast", "mean"], "--contrast is mean, but .* exported with log_odds"),
+        (["--temperature", "2"], r"--temperature is 2\.0, but .* exported with 1\.0"),
+        (["--layer", "layer3"], "none of layer3"),
+        (["--weights", "random"], "leave --weights out"),
+        (["--topk", "2"], "--topk is 2"),
+        (["--device", "meta"], "cpu or cuda"),
+        (["--target", "cat"], "cat"),
+    ],
+)
+def test_explain_refuses_what_the_file_has_not(
+    made: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    (photo,) = write_images(tmp_path, 1)
+    code, _, stderr = explain(photo, "-m", made, *options)
+    assert code == 2
+    assert re.search(message, " ".join(stderr.split())), stderr
+
+
+def test_explain_refuses_other_files(made: Path, fixed: Path, tmp_path: Path) -> None:
+    (photo,) = write_images(tmp_path, 1)
+    model = onnx.load(made)
+    del model.metadata_props[:]
+    onnx.save(model, plain := tmp_path / "plain.onnx")
+    code, _, stderr = explain(photo, "-m", plain)
+    assert code == 2
+    assert f"diffcam export {plain}" in " ".join(stderr.split())
+    code, _, stderr = explain(photo, "-m", fixed, "--target", "1")
+    assert code == 2
+    assert "explains the prediction alone" in stderr
+    code, _, stderr = explain(photo, "-m", fixed, "--size", "32")
+    assert code == 2
+    assert "10 x 12 pixels" in stderr
+
+
+def test_explain_with_a_fixed_batch(fixed: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 3)
+    out = tmp_path / "out"
+    code, stdout, stderr = explain(
+        tmp_path / "photos", "-m", fixed, "-o", out, "--topk", "3", "--json"
+    )
+    assert code == 0, stderr
+    assert json.loads(stdout)["counts"]["explained"] == 3
+
+
+def config(home: Path) -> Any:
+    """`config.pbtxt`, read by the schema that Triton's client carries."""
+    pytest.importorskip("tritonclient", reason="tritonclient is not installed")
+    import tritonclient
+    from google.protobuf import text_format
+
+    # The package around the schema needs gRPC, the schema itself does not.
+    schema = Path(tritonclient.__path__[0], "grpc", "model_config_pb2.py")
+    spec = importlib.util.spec_from_file_location("model_config_pb2", schema)
+    assert spec is not None
+    assert spec.loader is not None
+    protocol = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(protocol)
+    return text_format.Parse((home / "config.pbtxt").read_text(), protocol.ModelConfig())
+
+
+def test_triton_repository(made: Path, tmp_path: Path) -> None:
+    home = write_triton_repository(made, tmp_path / "models")
+    assert home == tmp_path / "models" / "any"
+    assert (home / "1" / "model.onnx").read_bytes() == made.read_bytes()
+    assert (home / "labels.txt").read_text().splitlines()[4] == "class 4"
+    parsed = config(home)
+    assert (parsed.name, parsed.backend, parsed.max_batch_size) == ("any", "onnxruntime", 32)
+    assert parsed.HasField("dynamic_batching")
+    inputs = {i.name: (i.data_type, list(i.dims), i.optional) for i in parsed.input}
+    # TYPE_FP32 is 11 and TYPE_INT64 9 in Triton's schema.
+    assert inputs == {"images": (11, [3, -1, -1], False), "targets": (9, [-1], True)}
+    outputs = {o.name: (o.data_type, list(o.dims), o.label_filename) for o in parsed.output}
+    assert outputs == {
+        "logits": (11, [5], "labels.txt"),
+        "diffcam_map": (11, [-1, -1, -1], ""),
+        "diffcam_target": (9, [-1], ""),
+    }
+
+
+def test_triton_repository_of_a_fixed_batch(fixed: Path, tmp_path: Path) -> None:
+    home = write_triton_repository(fixed, tmp_path, name="other")
+    parsed = config(home)
+    assert (parsed.name, parsed.max_batch_size) == ("other", 0)
+    assert not parsed.HasField("dynamic_batching")
+    assert list(parsed.input[0].dims) == [2, 3, 10, 12]
+    assert list(parsed.output[1].dims) == [2, 3, 5, 6]
+
+
+def test_triton_repository_takes_the_weights_along(made: Path, tmp_path: Path) -> None:
+    onnx.save(
+        onnx.load(made),
+        path := tmp_path / "split.onnx",
+        save_as_external_data=True,
+        location="split.data",
+        size_threshold=100,
+    )
+    home = write_triton_repository(path, tmp_path / "models")
+    assert (home / "1" / "split.data").read_bytes() == (tmp_path / "split.data").read_bytes()
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../../secret"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="outside of the model's folder"):
+        write_triton_repository(path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_triton_repository_refusals(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot name a model"):
+        write_triton_repository(made, tmp_path, name="../up")
+    with pytest.raises(ValueError, match="no ONNX file"):
+        write_triton_repository(tmp_path / "none.onnx", tmp_path)
+    with pytest.raises(ValueError, match="max_batch"):
+        write_triton_repository(made, tmp_path, max_batch=0)
+    model = onnx.load(made)
+    del model.metadata_props[:]
+    onnx.save(model, plain := tmp_path / "plain.onnx")
+    with pytest.raises(ValueError, match="diffcam export"):
+        write_triton_repository(plain, tmp_path)
