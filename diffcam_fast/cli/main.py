@@ -8,7 +8,6 @@ from diffcam_fast import __version__
 from diffcam_fast.cli.explain import explain
 from diffcam_fast.cli.inspect import inspect
 
-
 _ABOVE = {
     "bench": "diffcam_bench.cli",
     "export": "diffcam_export.cli",
