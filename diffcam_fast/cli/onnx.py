@@ -116,7 +116,7 @@ def open_explained(request: "Request") -> tuple[Described, Explains]:
         labels = imagenet_labels()
     choices = (
         f"layer: {explainer.layer}, of {facts.source or 'a model without a name'}",
-        f"gradient: {facts.head}, as diffcam-fast {facts.version} exported it",
+        f"gradient: {', '.join(facts.heads)}, as diffcam-fast {facts.version} exported it",
     )
     described = Described(known, labels, request.model, facts.baked, str(explainer.device), choices)
     return described, explainer

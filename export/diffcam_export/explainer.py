@@ -99,6 +99,7 @@ class OnnxExplainer:
             )
         index = self._facts.layers.index(self._layer)
         self._maps = "diffcam_map" if index == 0 else f"diffcam_map_{index}"
+        self._head = self._facts.heads[index]
         self._takes_targets = any(
             value.name == TARGETS
             for value in [*session.get_inputs(), *session.get_overridable_initializers()]
@@ -157,7 +158,7 @@ class OnnxExplainer:
     @property
     def backend(self) -> str:
         """What computes the maps, as it stands in every result."""
-        return f"{self._opened.backend}, {self._facts.head}"
+        return f"{self._opened.backend}, {self._head}"
 
     @property
     def input(self) -> ImageInput:

@@ -16,7 +16,7 @@ from diffcam_export.cam import MAP, CamOptions, cam_head
 from diffcam_export.classifier import Classifier, Layers, from_onnx, from_pytorch
 from diffcam_export.contrast import TARGETS_INPUT
 from diffcam_export.function import DOMAIN
-from diffcam_export.metadata import Facts
+from diffcam_export.facts import Facts
 from diffcam_export.pictures import HeatmapType
 from diffcam_export.save import save
 from diffcam_fast import __version__
@@ -252,17 +252,16 @@ def _check(classifier: Classifier, options: CamOptions, *, bake_preprocess: bool
 def _facts(
     classifier: Classifier, options: CamOptions, heads: tuple[str, ...], *, baked: bool
 ) -> Facts:
-    found, contrast = classifier.founds[0], options.contrast
+    found = classifier.founds[0]
     return Facts(
         version=__version__,
         source=classifier.source,
-        layer=classifier.layers,
+        layers=classifier.layers,
         method=options.method.name,
-        contrast=contrast.name,
-        temperature=None if contrast.weights is not None else contrast.temperature,
-        reference=contrast.reference,
+        contrast=options.contrast,
+        contrast_name=options.contrast.name,
         relu=options.relu,
-        head=heads,
+        heads=heads,
         input=str(classifier.images.name),
         output=str(found.output.name),
         probabilities=found.probabilities,

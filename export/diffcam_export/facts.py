@@ -3,8 +3,10 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from diffcam_fast.contrast import Contrast
 from diffcam_fast.images.preprocess import Preprocess
@@ -21,7 +23,7 @@ class Facts:
         contrast: what the target class is held against.
         contrast_name: as a Python `Explainer` names it.
         relu: negative cells are clipped.
-        head: `closed form` or `backward of the head`.
+        heads: `closed form` or `backward of the head`, one for each layer.
         input: name of the images.
         output: name of the model's own output with logits or probabilities.
         probabilities: that output is the result of a softmax.
@@ -37,7 +39,7 @@ class Facts:
     contrast: Contrast
     contrast_name: str
     relu: bool
-    head: str
+    heads: tuple[str, ...]
     input: str
     output: str
     probabilities: bool = False
@@ -45,6 +47,33 @@ class Facts:
     baked: bool = False
     labels: tuple[str, ...] | None = field(default=None, repr=False)
     source: str = ""
+
+    def texts(self) -> dict[str, str]:
+        """The metadata as a file holds it."""
+        contrast = self.contrast
+        texts = {
+            "version": self.version,
+            "source": self.source,
+            "layer": ",".join(self.layers),
+            "method": self.method,
+            "contrast": self.contrast_name,
+            "temperature": "none" if contrast.temperature is None else repr(contrast.temperature),
+            "relu": _truth(self.relu),
+            "head": ",".join(self.heads),
+            "input": self.input,
+            "output": self.output,
+            "probabilities": _truth(self.probabilities),
+        }
+        if contrast.reference is not None:
+            texts["reference"] = json.dumps(list(contrast.reference))
+        if contrast.weights is not None:
+            texts["weights"] = json.dumps(contrast.weights.tolist())
+        if self.preprocess is not None:
+            baked = {"baked": True} if self.baked else {}
+            texts["preprocess"] = json.dumps(asdict(self.preprocess) | baked)
+        if self.labels is not None:
+            texts["labels"] = json.dumps(list(self.labels), ensure_ascii=False)
+        return {f"diffcam.{key}": text for key, text in texts.items()}
 
     @classmethod
     def read(cls, metadata: Mapping[str, str], *, path: object) -> "Facts":
@@ -88,7 +117,7 @@ class Facts:
             contrast=_contrast(metadata),
             contrast_name=metadata["diffcam.contrast"],
             relu=metadata.get("diffcam.relu", "true") == "true",
-            head=metadata["diffcam.head"],
+            heads=tuple(metadata["diffcam.head"].split(",")),
             input=metadata["diffcam.input"],
             output=metadata["diffcam.output"],
             probabilities=metadata.get("diffcam.probabilities") == "true",
@@ -99,9 +128,13 @@ class Facts:
         )
 
 
+def _truth(value: bool) -> str:
+    return "true" if value else "false"
+
+
 def _contrast(metadata: Mapping[str, str]) -> Contrast:
-    if metadata["diffcam.contrast"].startswith("weights"):
-        raise ValueError("its contrast has weights of its own, which the metadata does not hold")
+    if "diffcam.weights" in metadata:
+        return Contrast(weights=torch.tensor(json.loads(metadata["diffcam.weights"])))
     text = metadata["diffcam.temperature"]
     classes = metadata.get("diffcam.reference")
     temperature = None if text == "none" else float(text)
