@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from diffcam_export.emit import Emitter
 from diffcam_export.gradients.registry import first_rule
-from diffcam_export.gradients.shapes import BOOL, array_of
+from diffcam_export.gradients.shapes import BOOL
 
 
 def _x(node: ir.Node) -> ir.Value:
@@ -77,16 +77,10 @@ def _elu(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
 
 @first_rule("Clip")
 def _clip(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
-    """As of torch.clamp, the gradient passes at the bounds; but as of relu6, not at 0 and 6."""
-    x = _x(node)
-    bounds = [*node.inputs[1:], None, None][:2]
-    numbers = [None if (array := array_of(bound)) is None else float(array) for bound in bounds]
-    lower, upper = ("Greater", "Less") if numbers == [0.0, 6.0] else (None, None)
-    for bound, operator in zip(
-        bounds, (lower or "GreaterOrEqual", upper or "LessOrEqual"), strict=True
-    ):
+    # Nothing passes at the bounds, as of torch.clamp and relu6.
+    for bound, operator in zip(node.inputs[1:], ("Greater", "Less"), strict=False):
         if bound is not None:
-            inside = emit(operator, x, bound, dtype=BOOL)
+            inside = emit(operator, _x(node), bound, dtype=BOOL)
             grad = _where(inside, grad, emit.like(grad, 0.0), emit)
     return grad
 

@@ -29,7 +29,7 @@ def _conv(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
                 pads=[*begin, *end],
                 group=group,
             )
-    return give_back(grad, weight, x, window, emit, group=group, like=node.outputs[0])
+    return give_back(grad, weight, x, window, emit, group=group)
 
 
 @first_rule("ConvTranspose")

@@ -120,10 +120,7 @@ def _group(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
     x, scale, *_ = node.inputs
     assert x is not None and scale is not None
     groups = node.attributes.get_int("num_groups")
-    channels = static_shape(x)[1]
-    if channels is None:
-        raise refusal(node, "the number of its channels is not known")
-    if static_shape(scale) == (channels,):
+    if static_shape(scale) != (groups,):
         grad = emit("Mul", grad, _column(scale, rank(x), emit))
         scale = None
     split = emit.ints(0, groups, -1)

@@ -75,15 +75,15 @@ def _average_pool(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
     x = _first(node)
     window = window_of(node, node.attributes.get_ints("kernel_shape"))
     grad = emit("Mul", grad, _share(node, window, x, grad, emit))
-    spread = _spread_evenly(node, window, x, grad, emit)
+    spread = _spread_evenly(window, x, grad, emit)
     if spread is not None:
         return spread
     # Channels become images, so that one kernel serves all.
-    y = node.outputs[0]
-    single = emit("Concat", emit.ints(-1, 1), sizes_of(y, window.axes, emit), axis=0)
+    counts = emit("Shape", node.outputs[0], dtype=INT64, start=2)
+    single = emit("Concat", emit.ints(-1, 1), counts, axis=0)
     ones = emit.constant(np.ones((1, 1, *window.kernel), dtype=_dtype(grad).numpy()))
     images = emit("Reshape", grad, single)
-    return reshape_like(give_back(images, ones, x, window, emit, like=y), x, emit)
+    return reshape_like(give_back(images, ones, x, window, emit), x, emit)
 
 
 def _dtype(value: ir.Value) -> ir.DataType:
@@ -91,15 +91,13 @@ def _dtype(value: ir.Value) -> ir.DataType:
     return value.dtype
 
 
-def _spread_evenly(
-    node: ir.Node, window: Window, x: ir.Value, grad: ir.Value, emit: Emitter
-) -> ir.Value | None:
+def _spread_evenly(window: Window, x: ir.Value, grad: ir.Value, emit: Emitter) -> ir.Value | None:
     """The two cases in which fast operators spread each number over its window."""
     sizes = [static_shape(x)[axis] for axis in window.axes]
-    counts = [static_shape(node.outputs[0])[axis] for axis in window.axes]
-    whole = [k * n == s for k, n, s in zip(window.kernel, counts, sizes, strict=True) if n and s]
-    if window.kernel == window.strides and len(whole) == len(sizes) and all(whole):
-        if set(counts) == {1}:
+    unpadded = window.pads is not None and not any(map(any, window.pads))
+    whole = [s is not None and s % k == 0 for s, k in zip(sizes, window.kernel, strict=True)]
+    if window.kernel == window.strides and set(window.dilations) == {1} and unpadded and all(whole):
+        if tuple(sizes) == window.kernel:
             return emit("Expand", grad, shape_of(x, emit))
         scales = np.array([1, 1, *window.kernel], dtype=np.float32)
         return emit(
@@ -136,12 +134,12 @@ def _share(node: ir.Node, window: Window, x: ir.Value, grad: ir.Value, emit: Emi
     if (with_pads or not padded) and not ceil:
         return emit.like(grad, 1.0 / float(np.prod(window.kernel)))
     sizes = [static_shape(x)[axis] for axis in window.axes]
-    counts = [static_shape(node.outputs[0])[axis] for axis in window.axes]
-    known = [(s, n) for s, n in zip(sizes, counts, strict=True) if s is not None and n is not None]
+    known = [size for size in sizes if size is not None]
     if window.pads is None or len(known) < len(sizes):
         return _share_at_run_time(node, window, x, grad, emit)
     share = np.ones([1, 1] + [1] * len(known))
-    for i, (size, count) in enumerate(known):
+    for i, size in enumerate(known):
+        count = window.count(i, size)
         along = [count if j == i + 2 else 1 for j in range(share.ndim)]
         share = share / _cells(window, i, size, count, with_pads).reshape(along)
     return emit.constant(share.astype(_dtype(grad).numpy()))

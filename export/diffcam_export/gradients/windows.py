@@ -1,7 +1,7 @@
 """Geometry that convolutions and pools share, and how windows give back what they were given."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -19,6 +19,7 @@ class Window:
         dilations: how far apart the cells of a window are.
         pads: cells added before and behind, None where they depend on the size.
         upper: where they do, the odd one is added behind.
+        ceil: a last window that is not whole counts, where it begins inside.
     """
 
     kernel: tuple[int, ...]
@@ -26,6 +27,7 @@ class Window:
     dilations: tuple[int, ...]
     pads: tuple[tuple[int, ...], tuple[int, ...]] | None
     upper: bool
+    ceil: bool = False
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -37,6 +39,20 @@ class Window:
         """From the first to the last cell of a window."""
         return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
 
+    def count(self, i: int, size: int) -> int:
+        """How many windows there are along a spatial axis of so many cells; what shape inference
+        says of ceil_mode is sometimes one too many.
+        """
+        stride = self.strides[i]
+        if self.pads is None:
+            return -(-size // stride)
+        begin, end = self.pads[0][i], self.pads[1][i]
+        room = size + begin + end - self.extents[i]
+        if not self.ceil:
+            return room // stride + 1
+        count = -(-room // stride) + 1
+        return count - 1 if (count - 1) * stride >= size + begin else count
+
 
 def window_of(node: ir.Node, kernel: Sequence[int]) -> Window:
     """Reads strides, dilations and padding from the attributes of a node and its input's sizes."""
@@ -45,14 +61,15 @@ def window_of(node: ir.Node, kernel: Sequence[int]) -> Window:
     strides = tuple(attributes.get_ints("strides", ones))
     dilations = tuple(attributes.get_ints("dilations", ones))
     auto = attributes.get_string("auto_pad", "NOTSET")
-    window = Window(tuple(kernel), strides, dilations, None, auto == "SAME_UPPER")
+    ceil = attributes.get_int("ceil_mode", 0) == 1 and auto == "NOTSET"
+    window = Window(tuple(kernel), strides, dilations, None, auto == "SAME_UPPER", ceil)
     if auto.startswith("SAME"):
         pads = _same_pads(window, node)
     else:
         flat = list(attributes.get_ints("pads", [])) if auto == "NOTSET" else []
         flat = flat or [0, 0] * len(kernel)
         pads = (tuple(flat[: len(kernel)]), tuple(flat[len(kernel) :]))
-    return Window(window.kernel, strides, dilations, pads, window.upper)
+    return replace(window, pads=pads)
 
 
 def _same_pads(window: Window, node: ir.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -77,7 +94,6 @@ def give_back(
     emit: Emitter,
     *,
     group: int = 1,
-    like: ir.Value | None = None,
 ) -> ir.Value:
     """Each window spreads its number over its cells: the transpose of a convolution.
 
@@ -88,12 +104,11 @@ def give_back(
         window: its geometry.
         emit: writes the nodes.
         group: its groups.
-        like: has the spatial sizes of grad; None: they are not known.
     """
     begin, end = window.pads or (None, None)
     inside = begin is not None and begin == end
     pads = begin if inside and begin is not None else (0,) * len(window.kernel)
-    extra, cut = _sizes_behind(x, like, window, pads, inside)
+    extra, cut = _sizes_behind(x, window, pads, inside)
     full = emit(
         "ConvTranspose",
         grad,
@@ -116,22 +131,21 @@ def give_back(
 
 
 def _sizes_behind(
-    x: ir.Value, like: ir.Value | None, window: Window, pads: Sequence[int], inside: bool
+    x: ir.Value, window: Window, pads: Sequence[int], inside: bool
 ) -> tuple[tuple[int, ...], bool]:
     """Cells to add behind, so that no size of x is missed, and whether some are to be cut off."""
     extra: list[int] = []
     cut = not inside
     for i, axis in enumerate(window.axes):
         size = static_shape(x)[axis]
-        count = None if like is None else static_shape(like)[axis]
         stride = window.strides[i]
-        if size is None or count is None:
+        if size is None:
             # Every remainder of the stride is covered; one too many is cut off.
             extra.append(stride - 1)
-            cut = cut or stride > 1 or like is None
+            cut = cut or stride > 1
             continue
         begin = 0 if window.pads is None else window.pads[0][i]
-        shown = stride * (count - 1) + window.extents[i] - 2 * pads[i]
+        shown = stride * (window.count(i, size) - 1) + window.extents[i] - 2 * pads[i]
         needed = size + (0 if inside else begin)
         extra.append(max(needed - shown, 0) if window.pads is not None else stride - 1)
         cut = cut or shown > needed
