@@ -1,7 +1,9 @@
 """Gradients that are written into ONNX graphs, against PyTorch's own."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,10 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffcam_export.emit import Emitter
 from diffcam_export.gradients import RULES, MissingRuleError, vjp
@@ -29,7 +31,6 @@ def session(model: ir.Model) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     proto = ir.serde.serialize_model(model)
-    onnx.checker.check_model(proto)
     return onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -37,11 +38,12 @@ def session(model: ir.Model) -> onnxruntime.InferenceSession:
 
 def differentiated(proto: onnx.ModelProto, wrt: Sequence[str], output: str = "y") -> ir.Model:
     """The model with the cotangent of its output as one more input, those of wrt as outputs."""
-    model = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(proto))
+    model = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(proto, data_prop=True))
     values = {value.name: value for value in model.graph.inputs}
     y = next(value for value in model.graph.outputs if value.name == output)
     # Of GroupNormalization nothing is inferred.
-    y.shape = y.shape or values[wrt[0]].shape.copy()
+    if y.shape is None:
+        y.shape = values[wrt[0]].shape.copy()
     g = ir.val("g", dtype=y.dtype, shape=y.shape)
     emit = Emitter("grad")
     found = vjp({y: g}, [values[name] for name in wrt], emit)
@@ -56,6 +58,7 @@ def differentiated(proto: onnx.ModelProto, wrt: Sequence[str], output: str = "y"
         model.graph.outputs.append(value)
     for name, value in zip(wrt, found, strict=True):
         assert value.dtype == values[name].dtype
+    onnx.checker.check_model(ir.serde.serialize_model(model))
     return model
 
 
@@ -369,7 +372,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Case, str]:
 
 
 @given(drawn=convolutions(), seed=NUMBERS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_convolution(drawn: tuple[Case, str], seed: int) -> None:
     check(*drawn, seed=seed)
 
@@ -387,6 +390,10 @@ def pools(draw: st.DrawFn) -> tuple[Case, str]:
         "pads": pads + pads,
         "ceil_mode": int(ceil),
     }
+    if ceil:
+        # Shape inference, not the runtime, counts windows that would begin behind the padding.
+        for size, k, stride, pad in zip(sizes, kernel, strides, pads, strict=True):
+            assume(-(-(size + 2 * pad - k) // stride) * stride < size + pad)
     if draw(st.booleans()):
         dilations = draw(st.lists(st.integers(1, 2), min_size=2, max_size=2))
         attributes["dilations"] = dilations
@@ -408,7 +415,7 @@ def pools(draw: st.DrawFn) -> tuple[Case, str]:
 
 
 @given(drawn=pools(), seed=NUMBERS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_pool(drawn: tuple[Case, str], seed: int) -> None:
     check(*drawn, seed=seed)
 
@@ -450,22 +457,24 @@ def slices(draw: st.DrawFn) -> tuple[Case, str]:
     # ONNX Runtime takes an end beyond the first cell to mean all of them, forwards or backwards.
     beyond = [2**63 - 1 if step > 0 else -(2**63) for step in steps]
     ends = [draw(st.integers(-7, 7) | st.just(end)) for end in beyond]
-    places = torch.arange(60).reshape(3, 4, 5)
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        cells = np.arange(places.shape[axis])[slice(start, end, step)]
-        if step < 0 and end == -(2**63):
-            cells = np.arange(places.shape[axis])[start::step]
-        places = places.index_select(axis, torch.from_numpy(cells.copy()))
+    inputs = [X, ints(*starts), ints(*ends), ints(*axes), ints(*steps)]
+    # PyTorch has no negative steps: the node itself says where each element comes from.
+    numbers = np.arange(60, dtype=np.float32).reshape(X)
+    run = session(
+        ir.serde.deserialize_model(
+            graph_of(Case("Slice", torch.clone, inputs), [numbers, *inputs[1:]], "fixed")
+        )
+    )
+    places = torch.from_numpy(run.run(None, {"x0": numbers})[0]).long()
 
     def reference(x: Tensor) -> Tensor:
         return x.flatten()[places]
 
-    inputs = [X, ints(*starts), ints(*ends), ints(*axes), ints(*steps)]
     return Case("Slice", reference, inputs), draw(st.sampled_from(DIMENSIONS))
 
 
 @given(drawn=slices())
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 def test_slice(drawn: tuple[Case, str]) -> None:
     check(*drawn)
 
@@ -689,3 +698,76 @@ def test_every_rule_is_tested_or_stands_here() -> None:
     elsewhere |= {"QuantizeLinear", "DequantizeLinear"}
     assert set(RULES) == {case.operator for case in CASES} | elsewhere
     assert not set(RULES) & NO_GRADIENT
+
+
+class Stage(nn.Module):
+    """Convolutions of all kinds, squeeze and excitation, pools, a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=2, dilation=2, groups=6)
+        self.squeeze = nn.Conv2d(6, 6, 1)
+        self.group = nn.GroupNorm(2, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.down(x))
+        y = F.hardswish(self.depthwise(F.relu6(x)))
+        y = y * F.hardsigmoid(self.squeeze(F.adaptive_avg_pool2d(y, 1)))
+        first, second = (x + y).chunk(2, 1)
+        z = torch.cat([F.max_pool2d(first, 3, 2, 1), F.avg_pool2d(second, 3, 2, 1)], 1)
+        z = torch.cat([z, F.avg_pool2d(z, 3, 1, 1, count_include_pad=False)], 1)
+        return self.head(F.silu(self.group(z)).mean((2, 3)))
+
+
+class Block(nn.Module):
+    """Attention over shifted cells, layer normalisation and GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.qkv = nn.Linear(4, 12)
+        self.mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.roll(x.permute(0, 2, 3, 1), (-1, 2), (1, 2)).flatten(1, 2)
+        q, k, v = self.qkv(self.norm(rows)).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        rows = rows + mixed
+        rows = rows + self.mlp(F.normalize(rows, dim=-1))
+        return self.head(rows[:, 1:].amax(1) + rows[:, 0])
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("module", [Stage, Block])
+def test_exported_module(module: type[nn.Module], dynamo: bool, tmp_path: Path) -> None:
+    """At other batch sizes than the one of the export, and an odd number of cells."""
+    torch.manual_seed(0)
+    net = module().eval()
+    x = torch.randn(2, 4, 11, 9)
+    if isinstance(net, Stage):
+        net.norm.running_mean.normal_()
+        net.norm.running_var.uniform_(0.5, 2.0)
+    path = tmp_path / "net.onnx"
+    with warnings.catch_warnings():
+        # The older exporter is deprecated; files of it are not.
+        warnings.simplefilter("ignore")
+        named = {"input_names": ["x"], "output_names": ["y"], "opset_version": 18}
+        if dynamo:
+            batch = ({0: torch.export.Dim.DYNAMIC},)
+            torch.onnx.export(
+                net, (x,), path, dynamo=True, dynamic_shapes=batch, verbose=False, **named
+            )
+        else:
+            torch.onnx.export(net, (x,), path, dynamo=False, dynamic_axes={"x": {0: "N"}}, **named)
+    run = session(differentiated(onnx.load(path), ["x"]))
+    for count in (1, 3):
+        x = torch.randn(count, 4, 11, 9, requires_grad=True)
+        y = net(x)
+        g = torch.randn(y.shape)
+        forward, found = run.run(None, {"x": x.detach().numpy(), "g": g.numpy()})
+        close(forward, y)
+        close(found, torch.autograd.grad(y, x, g)[0], 2e-5)

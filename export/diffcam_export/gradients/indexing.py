@@ -35,6 +35,15 @@ class _Cut:
     end: int
     step: int
 
+    def places(self, size: int) -> np.ndarray:
+        """The cells it takes of so many. Unlike Python's, a start before the first cell is the
+        first one when going backwards.
+        """
+        start, end = (n + size if n < 0 else n for n in (self.start, self.end))
+        if self.step > 0:
+            return np.arange(min(max(start, 0), size), min(max(end, 0), size), self.step)
+        return np.arange(min(max(start, 0), size - 1), min(max(end, -1), size - 1), self.step)
+
 
 @first_rule("Slice")
 def _slice(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
@@ -46,7 +55,7 @@ def _slice(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
     for cut in cuts:
         size = static_shape(x)[cut.axis]
         if size is not None:
-            places = np.arange(size)[cut.start : cut.end : cut.step]
+            places = cut.places(size)
             if len(places) == size and cut.step == 1:
                 continue
             if cut.step != 1 or not len(places):

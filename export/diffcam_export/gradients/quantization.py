@@ -28,8 +28,8 @@ def _quantize(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
     limits = np.iinfo(np.dtype(name.lower()))
     steps = emit("Round", emit("Div", x, _beside(scale, node, x, emit)))
     if rest and rest[0] is not None:
-        zero = emit("CastLike", rest[0], x, dtype=x.dtype)
-        steps = emit("Add", steps, _beside(zero, node, x, emit))
+        zero = _beside(rest[0], node, x, emit)
+        steps = emit("Add", steps, emit("CastLike", zero, x, dtype=x.dtype))
     inside = emit(
         "And",
         emit("GreaterOrEqual", steps, emit.like(x, float(limits.min)), dtype=BOOL),
