@@ -44,9 +44,7 @@ def light(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
             graph.register_initializer(value)
 
 
-def rewritten(
-    model: ir.Model, change: Callable[[onnx.ModelProto], onnx.ModelProto]
-) -> ir.Model:
+def rewritten(model: ir.Model, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> ir.Model:
     """A model after a pass of onnx; inputs, outputs, metadata and large weights are kept.
 
     Raises:
