@@ -58,7 +58,9 @@ def parsed(path: Path) -> onnx.ModelProto:
         raise OnnxFileError(f"{path} cannot be read: {error}") from error
     try:
         count_entries(memoryview(content))
-        return onnx.ModelProto.FromString(content)
+        model = onnx.ModelProto()
+        model.ParseFromString(content)
+        return model
     except WireError as error:
         raise OnnxFileError(f"{path} is no ONNX file: {error}") from error
     # A DecodeError of protobuf; its class differs between implementations.

@@ -61,10 +61,8 @@ def read_head(flow: Flow, layer: ir.Value, axis: int) -> Head:
         except Unproven as error:
             obstacle = str(error)
         else:
-            reason = (
-                f"average pooling and one linear map, {weight.name}: the gradient is d W / (h w)"
-            )
-            return Head(operators, reason, weight, layout)
+            how = f"average pooling and one linear map, {weight.name}"
+            return Head(operators, f"{how}: the gradient is d W / (h w)", weight, layout)
     return Head(operators, f"backward through the head: {obstacle}")
 
 
@@ -96,9 +94,9 @@ def _not_affine(node: ir.Node, moving: list[ir.Value]) -> str | None:
     if kind not in _COMBINING | {"Mul", "MatMul"} and node.inputs[0] not in moving:
         return "does more than move the activation"
     if kind == "Cast":
-        to = ir.DataType(node.attributes.get_int("to", 0))
+        to = ir.DataType(node.attributes["to"].as_int())
         return None if to.is_floating_point() else f"rounds to {to.name}"
-    if kind == "BatchNormalization" and node.attributes.get_int("training_mode", 0):
+    if kind == "BatchNormalization" and node.attributes.get_int("training_mode"):
         return "takes statistics of the batch"
     if kind == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
         flag = ir.convenience.get_const_tensor(node.inputs[2])

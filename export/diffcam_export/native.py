@@ -29,7 +29,7 @@ def light(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
         for name, value in heavy.items():
             tensor = tensors[name]
             assert tensor is not None
-            value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+            value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
             graph.initializers.pop(name)
             value.const_value = None
             graph.inputs.append(value)

@@ -10,7 +10,7 @@ from diffcam_export.flow import REARRANGING, dims, is_float, moving_values, orig
 
 
 class OnnxAnalysisError(ValueError):
-    """A graph that cannot be explained, or not as asked; the message has the reason and the node."""
+    """A graph that cannot be explained, or not as asked; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def choose(graph: ir.Graph, name: str | None) -> Chosen:
     if not fitting:
         raise OnnxAnalysisError(
             "no output holds logits (N, K) of two or more classes that depend on the input: "
-            f"{_listing(graph.outputs)}. Where a value inside does, name it as the logits (--logits)"
+            f"{_listing(graph.outputs)}. Where a value inside does, name it (--logits)"
         )
     # What another output is computed from is features, or it holds the same logits.
     fitting = [one for one in fitting if not _computes(one.logits, fitting)]

@@ -118,7 +118,7 @@ def _session(
         # Errors of shapes come only when it runs.
         run(np.zeros(sizes, (layer.dtype or ir.DataType.FLOAT).numpy()))
     # Every error of the runtime has a class of its own.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         text = str(error).splitlines()[0][:200]
         raise Unproven(f"the head could not be run by itself ({text})") from error
     return run
@@ -153,7 +153,7 @@ class _Copy:
         for index, value in enumerate(results):
             node = ir.node("Identity", [self._copy_of(value)], num_outputs=1)
             node.outputs[0].name = f"result{index}"
-            node.outputs[0].dtype = value.dtype
+            node.outputs[0].type = value.type
             copies.append(node)
             outputs.append(node.outputs[0])
         graph = ir.Graph(
@@ -218,7 +218,7 @@ class _Copy:
         for old, new in zip(node.outputs, copy.outputs, strict=True):
             # An output that is left out has no name.
             new.name = f"value{len(self._new)}" if old.name else ""
-            new.dtype = old.dtype
+            new.type = old.type
             self._new[old] = new
         return [copy]
 
@@ -246,7 +246,7 @@ class _Copy:
             held = ir.tensor(tensor.numpy(), dtype=tensor.dtype)
             new = ir.Value(
                 name=f"value{len(self._new)}",
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 type=ir.TensorType(tensor.dtype),
                 const_value=held,
             )
