@@ -231,4 +231,5 @@ def _channel_axis(node: ir.Node, axes: dict[ir.Value, int]) -> int | None:
         return axis
     if shape[-1:] == before[-1:] and axis == len(before) - 1:
         return len(shape) - 1
-    return 1 if axis == 1 and shape[:2] == before[:2] else None
+    # The size of the batch often has another name behind a computed Reshape.
+    return 1 if axis == 1 and len(shape) > 1 and shape[1] == before[1] else None
