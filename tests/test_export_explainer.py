@@ -192,7 +192,9 @@ def test_damaged_metadata(
 def test_the_layer_of_several(made: tuple[Path, torch.nn.Sequential], tmp_path: Path) -> None:
     proto = onnx.load(made[0])
     facts = {p.key: p.value for p in proto.metadata_props}
-    onnx.helper.set_model_props(proto, facts | {"diffcam.layer": "0,double", "diffcam.head": "closed form,none"})
+    onnx.helper.set_model_props(
+        proto, facts | {"diffcam.layer": "0,double", "diffcam.head": "closed form,none"}
+    )
     two = onnx.numpy_helper.from_array(np.array(2, dtype=np.float32), "two")
     proto.graph.initializer.append(two)
     proto.graph.node.append(onnx.helper.make_node("Mul", ["diffcam_map", "two"], ["diffcam_map_1"]))

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from diffcam_export.cam import CamHead
+from diffcam_export.cam import CamHead, size_of
 from diffcam_export.emit import Emitter
 from diffcam_export.function import DOMAIN, as_function
 from diffcam_export.pictures import prepared
@@ -66,7 +66,7 @@ def bake(model: ir.Model, images: ir.Value, preprocess: Preprocess) -> ir.Value:
             f"{preprocess.size[0]} x {preprocess.size[1]}"
         )
     assert images.dtype is not None
-    batch = images.shape[0] if images.shape is not None else None
+    batch = size_of(images.shape[0]) if images.shape is not None else None
     photographs = ir.val(images.name, ir.DataType.UINT8, [batch, "photo_height", "photo_width", 3])
     emit = Emitter(f"{DOMAIN}/photo")
     ready = prepared(emit, photographs, preprocess, images.dtype)

@@ -79,17 +79,18 @@ def cam_head(
     d = contrast_gradient(emit, logits, classes, options.contrast, checked=asked is not None)
     several = asked is not None or (isinstance(options.targets, int) and options.targets > 1)
     outputs = []
-    n = None if logits.shape is None else _size(logits.shape[0])
-    t = "targets_t" if asked is not None else options.targets if several else 1
+    n = None if logits.shape is None else size_of(logits.shape[0])
+    t: Size = "targets_t" if asked is not None else options.targets if several else 1
     for index, found in enumerate(founds):
-        maps = _maps(emit, found, d, options, several)
-        outputs.append(_named(maps, f"{MAP}_{index}" if index else MAP, [n, t, *_sizes(found)[1:]]))
+        name = f"{MAP}_{index}" if index else MAP
+        made = _maps(emit, found, d, options, several)
+        outputs.append(_named(made, name, [n, t, *_sizes(found)[1:]]))
     outputs.append(_named(emit("Identity", classes), TARGET, [n, t]))
     if options.heatmap is not None:
         size = emit("Shape", images, dtype=ir.DataType.INT64, start=2, end=4)
         for index, maps in enumerate(outputs[:-1]):
             heat = heatmap(emit, maps, size, options.heatmap)
-            sides = (None, None) if images.shape is None else map(_size, images.shape[2:])
+            sides = [None, None] if images.shape is None else map(size_of, images.shape[2:])
             name = f"{HEATMAP}_{index}" if index else HEATMAP
             outputs.append(_named(heat, name, [n, t, *sides]))
     return CamHead(emit.nodes, outputs, asked)
@@ -109,9 +110,9 @@ def _maps(emit: Emitter, found: Found, d: ir.Value, options: CamOptions, several
     if options.relu:
         maps = emit("Relu", maps)
     # A 0 keeps the axis: N and T.
-    _, h, w = _sizes(found)
-    if isinstance(h, int) and isinstance(w, int):
-        return emit("Reshape", maps, emit.ints(0, 0, h, w))
+    _, height, width = _sizes(found)
+    if isinstance(height, int) and isinstance(width, int):
+        return emit("Reshape", maps, emit.ints(0, 0, height, width))
     first = 1 if found.channel_axis == 3 else 2
     grid = emit("Shape", found.layer, dtype=ir.DataType.INT64, start=first, end=first + 2)
     return emit("Reshape", maps, emit("Concat", emit.ints(0, 0), grid, axis=0))
@@ -134,7 +135,7 @@ def _for_each_target(
 ) -> ir.Value:
     """(N, T, P): a loop over the targets, whose body reads what the forward pass computed."""
     body = Emitter(f"{emit.prefix}/target")
-    one = ir.val(f"{body.prefix}/d", ir.DataType.FLOAT, [None, d.shape[2] if d.shape else None])
+    one = ir.val(f"{body.prefix}/d", ir.DataType.FLOAT, [None, None])
     single = body("Squeeze", _gradient_map(body, found, one, options, a), body.ints(1))
     single.shape = ir.Shape([None, None])
     graph = ir.Graph([one], [single], nodes=body.nodes, name=body.prefix)
@@ -174,11 +175,12 @@ def _sizes(found: Found) -> tuple[Size, Size, Size]:
     shape = found.layer.shape
     if shape is None:
         return None, None, None
-    first, second, third = (_size(size) for size in list(shape)[1:4])
+    first, second, third = (size_of(size) for size in list(shape)[1:4])
     return (third, first, second) if found.channel_axis == 3 else (first, second, third)
 
 
-def _size(size: int | ir.SymbolicDim) -> Size:
+def size_of(size: int | ir.SymbolicDim) -> Size:
+    """As what writes a shape takes it."""
     return size if isinstance(size, int) else size.value
 
 

@@ -59,11 +59,10 @@ def from_onnx(path: Path, *, layers: Layers, logits: str | None) -> Classifier:
     Raises:
         ValueError: it is no classifier that can be explained; the message names the node.
     """
-    names = _as_list(layers)
-    if not all(name is None or isinstance(name, str) for name in names):
-        raise ValueError("the layers of an ONNX file are named by its tensors, not by modules")
     model = read_onnx(path)
-    founds = tuple(analyse(model.graph, layer=name, logits=logits) for name in names)
+    founds = tuple(
+        analyse(model.graph, layer=_tensor(name), logits=logits) for name in _as_list(layers)
+    )
     return Classifier(
         model,
         _image_input(model.graph),
@@ -164,6 +163,12 @@ def _examples(model: nn.Module, example_inputs: Tensor | None, found: Inspection
 def _image_input(graph: ir.Graph) -> ir.Value:
     """The one input that is no weight."""
     return graph.inputs[0]
+
+
+def _tensor(layer: str | nn.Module | None) -> str | None:
+    if isinstance(layer, nn.Module):
+        raise ValueError("the layers of an ONNX file are named by its tensors, not by modules")
+    return layer
 
 
 def _as_list(layers: Layers) -> list[str | nn.Module | None]:

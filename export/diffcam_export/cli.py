@@ -95,7 +95,7 @@ def export(
 
     from_onnx = model is not None and model.endswith(".onnx")
     try:
-        given: "LoadedModel | Path"
+        given: LoadedModel | Path
         if from_onnx:
             assert model is not None
             _only_for_pytorch(weights=weights, size=size, half=half, dynamic_size=dynamic_size)

@@ -54,8 +54,7 @@ def contrast_gradient(
         contrast: with weights of shape (K,) where it has some.
         checked: NaN for a class that is none: a graph cannot raise.
     """
-    k = logits.shape[1]
-    assert isinstance(k, int)
+    k = _classes(logits)
     column = emit("Unsqueeze", classes, emit.ints(2))
     all_classes = emit.constant(np.arange(k, dtype=np.int64))
     target = emit("Equal", column, all_classes, dtype=ir.DataType.BOOL)
@@ -80,7 +79,7 @@ def _blend(emit: Emitter, logits: ir.Value, target: ir.Value, contrast: Contrast
     # Not the constant alone: a target of NaN stays, and makes all of q NaN.
     others = emit("Where", target, emit("Min", z, least), z, dtype=z.dtype)
     if contrast.reference is not None:
-        taken = np.zeros(int(logits.shape[1]), dtype=bool)  # type: ignore[index, arg-type]
+        taken = np.zeros(_classes(logits), dtype=np.bool_)
         taken[list(contrast.reference)] = True
         others = emit("Where", emit.constant(taken), others, emit("Min", z, least), dtype=z.dtype)
     if contrast.temperature > np.finfo(np.float32).max:
@@ -90,7 +89,7 @@ def _blend(emit: Emitter, logits: ir.Value, target: ir.Value, contrast: Contrast
         return _broken(emit, z, emit("Div", taken_part, count))
     if contrast.temperature < np.finfo(np.float32).tiny:
         best = emit("ArgMax", others, dtype=ir.DataType.INT64, axis=2, keepdims=1)
-        all_classes = emit.constant(np.arange(int(logits.shape[1]), dtype=np.int64))  # type: ignore[index, arg-type]
+        all_classes = emit.constant(np.arange(_classes(logits), dtype=np.int64))
         first = emit("Equal", best, all_classes, dtype=ir.DataType.BOOL)
         return _broken(emit, z, emit("Cast", first, dtype=z.dtype, to=z.dtype))
     if contrast.temperature != 1:
@@ -98,6 +97,13 @@ def _blend(emit: Emitter, logits: ir.Value, target: ir.Value, contrast: Contrast
         others = emit("Sub", others, emit("ReduceMax", others, emit.ints(2), keepdims=1))
         others = emit("Div", others, emit.like(z, contrast.temperature))
     return emit("Softmax", others, axis=2)
+
+
+def _classes(logits: ir.Value) -> int:
+    assert logits.shape is not None
+    k = logits.shape[1]
+    assert isinstance(k, int)
+    return k
 
 
 def _broken(emit: Emitter, z: ir.Value, q: ir.Value) -> ir.Value:

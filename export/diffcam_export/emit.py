@@ -69,7 +69,9 @@ class Emitter:
         first = next((value for value in inputs if value is not None), None)
         for value in node.outputs:
             value.name = f"{self.prefix}/{next(self._names)}"
-            value.dtype = dtype or (None if first is None else first.dtype)
+            found = dtype or (None if first is None else first.dtype)
+            if found is not None:
+                value.dtype = found
         self.nodes.append(node)
         return node.outputs
 

@@ -15,8 +15,8 @@ from diffcam_export.attach import attach, bake
 from diffcam_export.cam import MAP, CamOptions, cam_head
 from diffcam_export.classifier import Classifier, Layers, from_onnx, from_pytorch
 from diffcam_export.contrast import TARGETS_INPUT
-from diffcam_export.function import DOMAIN
 from diffcam_export.facts import Facts
+from diffcam_export.function import DOMAIN
 from diffcam_export.pictures import HeatmapType
 from diffcam_export.save import save
 from diffcam_fast import __version__

@@ -85,18 +85,19 @@ def prepared(
     whole = emit(
         "Concat", emit("Shape", x, dtype=ir.DataType.INT64, start=0, end=2), resized, axis=0
     )
+    cubic = preprocess.interpolation == "bicubic"
     x = emit(
         "Resize",
         x,
         None,
         None,
         whole,
-        mode="cubic" if preprocess.interpolation == "bicubic" else "linear",
+        mode="cubic" if cubic else "linear",
         coordinate_transformation_mode="half_pixel",
         antialias=1,
-        # Pillow's; beyond the border its weights are renormalised.
-        **({"cubic_coeff_a": -0.5} if preprocess.interpolation == "bicubic" else {}),
-        exclude_outside=1 if preprocess.interpolation == "bicubic" else 0,
+        # As Pillow has them: its own filter, and beyond the border weights are renormalised.
+        cubic_coeff_a=-0.5,
+        exclude_outside=int(cubic),
     )
     x = _cropped(emit, x, resized, preprocess.size)
     # Bytes have no value beyond 0 and 255; a cubic filter overshoots.

@@ -86,9 +86,9 @@ def plain_graph(
         ExportError: PyTorch cannot export it; the message is PyTorch's, shortened.
     """
     tapped = _Tapped(unwrap(model), layers)
-    axes = {0: Dim("batch", min=1)}
+    axes: dict[int, Any] = {0: Dim("batch", min=1)}
     if dynamic_size:
-        axes |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # type: ignore[dict-item]
+        axes |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with torch.no_grad(), evaluating(model):
         program = _exported(tapped, images, axes)
         exported = torch.onnx.export(program, (), dynamo=True, opset_version=opset, verbose=False)
