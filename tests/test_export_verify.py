@@ -378,7 +378,7 @@ def test_triton_repository_of_a_fixed_batch(fixed: Path, tmp_path: Path) -> None
     assert list(parsed.output[1].dims) == [2, 3, 5, 6]
 
 
-def test_triton_repository_takes_the_weights_along(made: Path, tmp_path: Path) -> None:
+def test_weights_beside_the_file_are_taken_along(made: Path, tmp_path: Path) -> None:
     onnx.save(
         onnx.load(made),
         path := tmp_path / "split.onnx",
@@ -386,6 +386,9 @@ def test_triton_repository_takes_the_weights_along(made: Path, tmp_path: Path) -
         location="split.data",
         size_threshold=100,
     )
+    report = checked(path, against=pooled())
+    assert report.ok, report.lines()
+    assert "bit for bit" in detail(report, "own outputs")
     home = write_triton_repository(path, tmp_path / "models")
     assert (home / "1" / "split.data").read_bytes() == (tmp_path / "split.data").read_bytes()
     model = onnx.load(path, load_external_data=False)
