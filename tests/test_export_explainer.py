@@ -244,7 +244,7 @@ def test_weights_beside_the_file(made: tuple[Path, torch.nn.Sequential], tmp_pat
         path,
         save_as_external_data=True,
         location="split.data",
-        size_threshold=0,
+        size_threshold=100,
     )
     assert (tmp_path / "split.data").exists()
     moved = tmp_path / "elsewhere"

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from commandline import write_images
+from diffcam_export.explainer import OnnxExplainer
 from diffcam_export.triton_repo import write_triton_repository
 from diffcam_export.verify import Report, verify
 from diffcam_export.verify_cli import verify as command
@@ -23,7 +25,7 @@ from diffcam_fast import Explainer
 from diffcam_fast.cli.main import main
 from diffcam_fast.images.preprocess import Preprocess
 from explained import PREPROCESS, write_explained
-from networks import pooled
+from networks import images, pooled
 
 CPU = ["CPUExecutionProvider"]
 
@@ -109,6 +111,17 @@ def test_without_the_model_the_maps_are_not_compared(made: Path) -> None:
     assert report.ok
     assert verdicts(report)["map of 0"] == "skipped"
     assert "no PyTorch model" in detail(report, "map of 0")
+
+
+def test_a_provider_that_is_not_there_is_told_once(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = verify(made, providers=["CUDAExecutionProvider"], threads=1, rounds=0)
+    assert report.ok, report.lines()
+    assert verdicts(report)["provider CUDAExecutionProvider"] == "skipped"
+    assert "no CUDA device" in detail(report, "provider CUDAExecutionProvider")
+    assert detail(report, "placement").startswith("CPUExecutionProvider ")
 
 
 def test_a_wrong_map_is_found(edited: Callable[..., Path]) -> None:
@@ -244,10 +257,81 @@ def test_explain_with_a_fixed_batch(fixed: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "photos", 3)
     out = tmp_path / "out"
     code, stdout, stderr = explain(
-        tmp_path / "photos", "-m", fixed, "-o", out, "--topk", "3", "--json"
+        tmp_path / "photos", "-m", fixed, "-o", out, "--topk", "3", "--json", "--report"
     )
     assert code == 0, stderr
     assert json.loads(stdout)["counts"]["explained"] == 3
+
+
+def test_explain_pictures_as_they_are(made: Path, tmp_path: Path) -> None:
+    model = onnx.load(made)
+    facts = {p.key: p.value for p in model.metadata_props}
+    preprocess = json.dumps(PREPROCESS | {"baked": True})
+    changed = {"diffcam.input": "pixels", "diffcam.preprocess": preprocess}
+    onnx.helper.set_model_props(model, facts | changed)
+    before = prepend_pixels()
+    model.graph.input[0].CopyFrom(before.input[0])
+    nodes = [*before.node, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(before.initializer)
+    onnx.save(model, path := tmp_path / "baked.onnx")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    random = np.random.default_rng(0)
+    engine = Explainer(pooled(), layer="0")
+    out = tmp_path / "out"
+    pictures = {}
+    for name, size in (("one", (20, 30)), ("two", (24, 16))):
+        pictures[name] = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pictures[name]).save(photos / f"{name}.png")
+    code, _, stderr = explain(photos, "-m", path, "-o", out, "--format", "npz", "--device", "cpu")
+    assert code == 0, stderr
+    for name, pixels in pictures.items():
+        expected = engine(torch.tensor(pixels).permute(2, 0, 1)[None] / 255)
+        (found,) = out.rglob(f"{name}*.npz")
+        with np.load(found) as arrays:
+            assert np.allclose(arrays["maps"], expected.maps[0].numpy(), atol=1e-6)
+    report = checked(path, against=pooled())
+    assert report.ok, report.lines()
+    assert "preprocessing is in the file" in detail(report, "map of 0")
+    with pytest.raises(TypeError, match=r"uint8 \(N, H, W, 3\)"):
+        OnnxExplainer(path, providers=CPU)(torch.rand(1, 20, 30, 3))
+
+
+def prepend_pixels() -> onnx.GraphProto:
+    """From `pixels` uint8 (n, height, width, 3) to `images` of the network."""
+    return onnx.parser.parse_graph(
+        """
+        before (uint8[n, height, width, 3] pixels) => (float[n, 3, height, width] images)
+        <float scale = {255.0}>
+        {
+            numbers = Cast <to = 1> (pixels)
+            planes = Transpose <perm = [0, 3, 1, 2]> (numbers)
+            images = Div (planes, scale)
+        }
+        """
+    )
+
+
+def test_images_of_tensorflow(made: Path, tmp_path: Path) -> None:
+    model = onnx.load(made)
+    facts = {p.key: p.value for p in model.metadata_props}
+    onnx.helper.set_model_props(model, facts | {"diffcam.input": "rows"})
+    rows = onnx.helper.make_tensor_value_info("rows", 1, ["n", "height", "width", 3])
+    model.graph.input[0].CopyFrom(rows)
+    transpose = onnx.helper.make_node("Transpose", ["rows"], ["images"], perm=[0, 3, 1, 2])
+    nodes = [transpose, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, path := tmp_path / "rows.onnx")
+    explainer = OnnxExplainer(path, providers=CPU, threads=1)
+    assert explainer.input.channels_last
+    expected = Explainer(pooled(), layer="0")(images())
+    assert torch.allclose(explainer(images()).maps, expected.maps, atol=1e-6)
+    report = checked(path, against=pooled())
+    assert report.ok, report.lines()
+    assert verdicts(report)["map of 0"] == "ok"
 
 
 def config(home: Path) -> Any:
@@ -294,7 +378,7 @@ def test_triton_repository_of_a_fixed_batch(fixed: Path, tmp_path: Path) -> None
     assert list(parsed.output[1].dims) == [2, 3, 5, 6]
 
 
-def test_triton_repository_takes_the_weights_along(made: Path, tmp_path: Path) -> None:
+def test_weights_beside_the_file_are_taken_along(made: Path, tmp_path: Path) -> None:
     onnx.save(
         onnx.load(made),
         path := tmp_path / "split.onnx",
@@ -302,6 +386,9 @@ def test_triton_repository_takes_the_weights_along(made: Path, tmp_path: Path) -
         location="split.data",
         size_threshold=100,
     )
+    report = checked(path, against=pooled())
+    assert report.ok, report.lines()
+    assert "bit for bit" in detail(report, "own outputs")
     home = write_triton_repository(path, tmp_path / "models")
     assert (home / "1" / "split.data").read_bytes() == (tmp_path / "split.data").read_bytes()
     model = onnx.load(path, load_external_data=False)

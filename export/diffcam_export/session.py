@@ -73,13 +73,13 @@ def open_session(
         raise ValueError(f"there is no ONNX file {model}")
     if isinstance(providers, str):
         raise ValueError(f"providers must be a list such as [{providers!r}], got a text")
-    asked = [_named(provider) for provider in ([] if providers is None else providers)]
-    missing = {name: reason for name, _ in asked if (reason := why_not(name)) is not None}
+    asked = {name_of(p): {} if isinstance(p, str) else p[1] for p in providers or ()}
+    missing = {name: reason for name in asked if (reason := why_not(name)) is not None}
     if strict:
         _report(missing, strict=True)
     if providers is None and why_not(CUDA) is None:
-        asked = [(CUDA, {})]
-    chosen = {name: options for name, options in asked if name not in missing}
+        asked = {CUDA: {}}
+    chosen = {name: options for name, options in asked.items() if name not in missing}
     wanted = list(chosen)
     chosen.setdefault(CPU, {})
     session = _create(model, chosen, threads=threads, optimise=optimise, settings=settings or {})
@@ -127,8 +127,9 @@ def _preload() -> None:
             ort.preload_dlls()
 
 
-def _named(provider: Provider) -> tuple[str, Mapping[str, Any]]:
-    return (provider, {}) if isinstance(provider, str) else (provider[0], provider[1])
+def name_of(provider: Provider) -> str:
+    """The name of a provider that may stand with its options."""
+    return provider if isinstance(provider, str) else provider[0]
 
 
 def _create(

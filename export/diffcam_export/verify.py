@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffcam_export.explainer import OnnxExplainer, run
 from diffcam_export.plain import Plain, plain_file, plain_part
-from diffcam_export.session import Opened, Provider, first_line, open_session
+from diffcam_export.session import CPU, Opened, Provider, first_line, name_of, open_session, why_not
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.methods import METHODS
 from diffcam_fast.models.loading import LoadedModel
@@ -106,6 +106,9 @@ def verify(
 
     Returns:
         A report; it failed where a single check did.
+
+    Raises:
+        ValueError: ONNX Runtime knows no such provider.
     """
     return Report(
         str(path),
@@ -126,13 +129,20 @@ class _Verification:
     ) -> None:
         self._path = Path(path)
         self._against = against
-        self._providers = providers
+        reasons = {name_of(p): why_not(name_of(p)) for p in providers or ()}
+        self._missing = {name: reason for name, reason in reasons.items() if reason is not None}
+        self._providers: list[Provider] | None = None
+        if providers is not None:
+            # Those that cannot run are told once, and not asked for by each session.
+            self._providers = [p for p in providers if name_of(p) not in self._missing] or [CPU]
         self._threads = threads
         self._rounds = rounds
 
     def checks(self) -> Iterator[Check]:
         yield _check("checker", self._checker)
         yield _check("shapes", self._shapes)
+        for name, reason in self._missing.items():
+            yield Check(f"provider {name}", "skipped", reason)
         opened = _check("opens", self._open)
         yield opened
         if opened.verdict != "ok":
@@ -302,8 +312,7 @@ class _Verification:
                 elsewhere.update(node.op_type for node in nodes)
         shown = ", ".join(f"{name} {count} nodes" for name, count in placed.most_common())
         others = ", ".join(f"{count} {name}" for name, count in elsewhere.most_common(5))
-        lacking = "".join(f"; {name}: {why}" for name, why in self._opened.missing.items())
-        return f"{shown}{f' ({others})' if others else ''}{lacking}"
+        return f"{shown}{f' ({others})' if others else ''}"
 
     def _added(self) -> str:
         plain = self._plain()
