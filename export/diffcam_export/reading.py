@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 from onnx.inliner import inline_local_functions
 from onnx.version_converter import convert_version
@@ -120,4 +121,10 @@ def _inlined(model: ir.Model) -> ir.Model:
     imports = (entry for f in model.functions.values() for entry in f.opset_imports.items())
     if all(own.get(domain, version) == version for domain, version in imports):
         return InlinePass()(model).model
-    return rewritten(model, lambda proto: inline_local_functions(proto, convert_version=True))
+
+    def written_out(proto: onnx.ModelProto) -> onnx.ModelProto:
+        # The types of the values between the calls must be known to it.
+        typed = onnx.shape_inference.infer_shapes(proto)
+        return inline_local_functions(typed, convert_version=True)
+
+    return rewritten(model, written_out)
