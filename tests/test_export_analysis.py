@@ -14,11 +14,11 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper
-from onnxfiles import LIGHT, C, K, Writer, image, pooled, run, saved
 from torch import nn
 
 from diffcam_export.analysis import Found, OnnxAnalysisError, analyse
 from diffcam_export.reading import read_onnx
+from onnxfiles import LIGHT, C, K, Writer, image, pooled, run, saved
 
 
 def found_in(model: onnx.ModelProto, folder: Path, **options: Any) -> tuple[ir.Model, Found]:
@@ -238,7 +238,7 @@ def test_several_outputs(tmp_path: Path) -> None:
     prob = w("Softmax", logits, name="prob")
     aux = w("Gemm", w("Flatten", "maxpool2"), w.weight(6 * 30, K), name="aux")
     w("ArgMax", logits, axis=1, name="class")
-    model, found = found_in(w.model(features, prob, logits, "class", x), tmp_path)
+    _, found = found_in(w.model(features, prob, logits, "class", x), tmp_path)
     assert (found.logits.name, found.output.name) == ("logits", "logits")
     assert not found.probabilities
     _, found = found_in(w.model(features, prob), tmp_path)
@@ -408,9 +408,7 @@ def check_torchvision(
     options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
     model = pytest.importorskip("torchvision").models.get_model(name, weights=None, **options)
     size = 299 if name == "inception_v3" else 224
-    path = exported(
-        model.eval(), folder / "model.onnx", dynamo=dynamo, opset=opset, size=size
-    )
+    path = exported(model.eval(), folder / "model.onnx", dynamo=dynamo, opset=opset, size=size)
     read = read_onnx(path)
     found = analyse(read.graph)
     x = image(2, 3, size, size)

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from onnxfiles import C, K, Writer, pooled, saved
 
 from diffcam_export.analysis import OnnxAnalysisError, analyse
 from diffcam_export.reading import OnnxFileError, read_onnx
+from onnxfiles import C, K, Writer, pooled, saved
 
 LIMIT = 5.0
 """Seconds for a file of two kilobytes; it takes some milliseconds on a machine at rest."""
@@ -31,7 +31,9 @@ def old() -> onnx.ModelProto:
     x = w("Dropout", w("Squeeze", w("GlobalAveragePool", w.features()), axes=[2, 3]))
     x = w("Gemm", x, w.weight(C, K))
     info = helper.make_tensor_value_info("then", TensorProto.FLOAT, None)
-    branch = helper.make_graph([helper.make_node("Softmax", [x], ["then"], axis=1)], "b", [], [info])
+    branch = helper.make_graph(
+        [helper.make_node("Softmax", [x], ["then"], axis=1)], "b", [], [info]
+    )
     return w.model(w("If", w.constant(np.array(True)), then_branch=branch, else_branch=branch))
 
 
@@ -194,22 +196,24 @@ def shapes_of_shapes() -> onnx.ModelProto:
         (lambda: huge_constants("ConstantOfShape"), "read"),
         (lambda: huge_constants("Expand"), "read"),
         (lambda: huge_constants("Tile"), "read"),
-        (lambda: huge_constants("Range"), "read"),
+        (lambda: huge_constants("Range"), "not explained"),
         (huge_channels, "not explained"),
         (shapes_of_shapes, "not explained"),
     ],
     ids=["nested", "nested more", "constant", "expand", "tile", "range", "channels", "doubled"],
 )
-def test_hostile_files_take_little_memory(tmp_path: Path, make: Callable[[], Any], expected: str) -> None:
+def test_hostile_files_take_little_memory(
+    tmp_path: Path, make: Callable[[], Any], expected: str
+) -> None:
     """In a process of its own that may take 4 GiB of addresses."""
     content = make()
     path = tmp_path / "model.onnx"
     path.write_bytes(content if isinstance(content, bytes) else content.SerializeToString())
     code = (
-        "import sys; sys.path[:0] = [{tests!r}]\n"
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
         "from pathlib import Path; from test_export_fuzz import read_or_refused\n"
-        "print(read_or_refused(Path({path!r})))"
-    ).format(tests=str(Path(__file__).parent), path=str(path))
+        f"print(read_or_refused(Path({str(path)!r})))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -12,11 +12,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
-from onnxfiles import LIGHT, C, K, Writer, image, pooled, run, saved
 
 from diffcam_export.analysis import analyse
 from diffcam_export.reading import OnnxFileError, read_onnx
 from diffcam_export.wire import MOST_ENTRIES
+from onnxfiles import LIGHT, C, K, Writer, image, pooled, run, saved
 
 
 def names(values: list[ir.Value]) -> list[str | None]:
@@ -59,7 +59,9 @@ def test_opsets(tmp_path: Path, opset: int) -> None:
     model = read_onnx(saved(proto, tmp_path / "model.onnx"))
     assert model.opset_imports[""] == max(opset, 18)
     assert model.metadata_props["who"] == "we"
-    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    weights = {
+        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer
+    }
     for name, array in weights.items():
         held = model.graph.initializers[name].const_value
         assert held is not None
@@ -164,9 +166,7 @@ def test_external_data_stay_outside(tmp_path: Path, opset: int) -> None:
     np.testing.assert_array_equal(tensor.numpy(), expected["w2"])
 
 
-def test_the_folder_may_be_the_current_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_folder_may_be_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     onnx.save(
         pooled(), "model.onnx", save_as_external_data=True, location="weights", size_threshold=0
@@ -180,7 +180,9 @@ def test_a_model_of_more_than_2_gib(tmp_path: Path) -> None:
     x = w("Flatten", w("GlobalAveragePool", w.features()))
     proto = w.model(w("Gemm", w("MatMul", x, "wide"), w.weight(K, K)))
     large = proto.graph.initializer.add(name="wide", data_type=TensorProto.FLOAT, dims=[C, K])
-    huge = proto.graph.initializer.add(name="huge", data_type=TensorProto.FLOAT, dims=[2**10, 2**20])
+    huge = proto.graph.initializer.add(
+        name="huge", data_type=TensorProto.FLOAT, dims=[2**10, 2**20]
+    )
     for tensor, length in ((large, 4 * C * K), (huge, 2**32)):
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="weights.bin")

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from diffcam_export.flow import Flow, dims, named, subgraphs
+from diffcam_export.native import inferred
 
 # Numbers in one value: hostile files ask for more.
 _LARGEST = 2**26
@@ -130,10 +131,10 @@ def _session(
 def _check_sizes(proto: onnx.ModelProto) -> None:
     """No value may be larger than the files that people have; what the file declares is not asked.
 
-    Without this, a Range of a trillion numbers is sixty bytes of a file.
+    Without this, a small file could ask for any amount of memory.
     """
     del proto.graph.value_info[:]
-    graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    graph = inferred(proto).graph
     shapes = {info.name: info.type.tensor_type.shape.dim for info in graph.value_info}
     shapes |= {info.name: info.type.tensor_type.shape.dim for info in graph.output}
     for node in proto.graph.node:
