@@ -24,6 +24,8 @@ __all__ = ["OnnxFileError", "read_onnx"]
 
 # The first IR version in which models of opset 18 may be written.
 _IR_VERSION = 8
+# The opset in which Resize came to place its pixels differently.
+_NEW_RESIZE = 11
 # Elements of a constant from which on it is a weight.
 _SMALL = 1024
 
@@ -61,6 +63,8 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     if version < OPSET:
         with _named(f"{path} cannot be converted from opset {version} to {OPSET}"):
             model = rewritten(model, lambda proto: convert_version(proto, OPSET))
+            if version < _NEW_RESIZE:
+                _keep_resizing(model)
             ir.external_data.set_base_dir(model.graph, path.parent.absolute())
     with _named(f"the shapes of {path} cannot be inferred"):
         infer_shapes(model)
@@ -128,3 +132,18 @@ def _inlined(model: ir.Model) -> ir.Model:
         return inline_local_functions(typed, convert_version=True)
 
     return rewritten(model, written_out)
+
+
+def _keep_resizing(model: ir.Model) -> None:
+    """Resize as it was before opset 11; onnx's converter leaves the new default in its place."""
+    for node in model.graph.all_nodes():
+        if node.op_type != "Resize" or node.domain != "":
+            continue
+        scales = node.inputs[2] if len(node.inputs) > 2 else None
+        tensor = None if scales is None else ir.convenience.get_const_tensor(scales)
+        factors = None if tensor is None else tensor.numpy()
+        if factors is None or ((factors < 1).any() and (factors > 1).any()):
+            raise OnnxFileError(f"{node.name or node.outputs[0].name} has scales that are computed")
+        nearest = "floor" if (factors >= 1).all() else "ceil"
+        node.attributes.add(ir.AttrString("coordinate_transformation_mode", "asymmetric"))
+        node.attributes.add(ir.AttrString("nearest_mode", nearest))
