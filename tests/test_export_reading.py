@@ -358,12 +358,23 @@ def test_models_that_contradict_themselves(
 
 
 def test_a_failed_conversion_names_what_failed(tmp_path: Path) -> None:
-    w = Writer(opset=8)
-    x = w("Upsample", w.features(), w.constant(np.ones(4, np.float32)), mode="nearest")
-    w.nodes[-1].ClearField("attribute")
-    del w.nodes[-1].input[1]
-    w.nodes[-1].attribute.append(helper.make_attribute("scales", [1.0, 1.0, 2.0, 2.0]))
-    x = w("Flatten", w("GlobalAveragePool", x))
-    proto = w.model(w("Gemm", x, w.weight(C, K), w.weight(K)))
-    with pytest.raises(OnnxFileError, match=r"cannot be converted from opset 8 to 18.*Upsample"):
+    w = Writer(opset=5)
+    proto = w.model(w("Cast", w.features(), to="FLOAT"))
+    with pytest.raises(OnnxFileError, match=r"cannot be converted from opset 5 to 18.* for Cast"):
         read_onnx(saved(proto, tmp_path / "model.onnx"))
+
+
+@pytest.mark.parametrize(("kind", "opset"), [("Upsample", 9), ("Resize", 10)])
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("scales", [(1.7, 1.5), (0.6, 0.5)])
+def test_old_resizing_keeps_its_pixels(
+    tmp_path: Path, kind: str, opset: int, mode: str, scales: tuple[float, float]
+) -> None:
+    if kind == "Upsample" and scales[0] < 1:
+        pytest.skip("Upsample only enlarges")
+    w = Writer(opset=opset)
+    factors = w.constant(np.array([1, 1, *scales], np.float32))
+    proto = w.model(w("Relu", w(kind, "image", factors, mode=mode)))
+    model = read_onnx(saved(proto, tmp_path / "model.onnx"))
+    before, after = (run(m, {"image": image()})[0] for m in (proto, model))
+    np.testing.assert_allclose(after, before, atol=1e-6)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 from onnx.inliner import inline_local_functions
 from onnx.version_converter import convert_version
@@ -23,6 +24,8 @@ __all__ = ["OnnxFileError", "read_onnx"]
 
 # The first IR version in which models of opset 18 may be written.
 _IR_VERSION = 8
+# The opset in which Resize came to place its pixels differently.
+_NEW_RESIZE = 11
 # Elements of a constant from which on it is a weight.
 _SMALL = 1024
 
@@ -60,6 +63,8 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     if version < OPSET:
         with _named(f"{path} cannot be converted from opset {version} to {OPSET}"):
             model = rewritten(model, lambda proto: convert_version(proto, OPSET))
+            if version < _NEW_RESIZE:
+                _keep_resizing(model)
             ir.external_data.set_base_dir(model.graph, path.parent.absolute())
     with _named(f"the shapes of {path} cannot be inferred"):
         infer_shapes(model)
@@ -120,4 +125,25 @@ def _inlined(model: ir.Model) -> ir.Model:
     imports = (entry for f in model.functions.values() for entry in f.opset_imports.items())
     if all(own.get(domain, version) == version for domain, version in imports):
         return InlinePass()(model).model
-    return rewritten(model, lambda proto: inline_local_functions(proto, convert_version=True))
+
+    def written_out(proto: onnx.ModelProto) -> onnx.ModelProto:
+        # The types of the values between the calls must be known to it.
+        typed = onnx.shape_inference.infer_shapes(proto)
+        return inline_local_functions(typed, convert_version=True)
+
+    return rewritten(model, written_out)
+
+
+def _keep_resizing(model: ir.Model) -> None:
+    """Resize as it was before opset 11; onnx's converter leaves the new default in its place."""
+    for node in model.graph.all_nodes():
+        if node.op_type != "Resize" or node.domain != "":
+            continue
+        scales = node.inputs[2] if len(node.inputs) > 2 else None
+        tensor = None if scales is None else ir.convenience.get_const_tensor(scales)
+        factors = None if tensor is None else tensor.numpy()
+        if factors is None or ((factors < 1).any() and (factors > 1).any()):
+            raise OnnxFileError(f"{node.name or node.outputs[0].name} has scales that are computed")
+        nearest = "floor" if (factors >= 1).all() else "ceil"
+        node.attributes.add(ir.AttrString("coordinate_transformation_mode", "asymmetric"))
+        node.attributes.add(ir.AttrString("nearest_mode", nearest))
