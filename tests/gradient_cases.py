@@ -67,6 +67,7 @@ ELEMENTWISE = [
     Case("Gelu", F.gelu, [X], opset=20),
     Case("Gelu", lambda x: F.gelu(x, approximate="tanh"), [X],
          attributes={"approximate": "tanh"}, opset=20),
+    Case("Swish", lambda x: x * torch.sigmoid(0.7 * x), [X], attributes={"alpha": 0.7}, opset=24),
     Case("Softmax", lambda x: x.softmax(1), [X], attributes={"axis": 1}),
     Case("Softmax", lambda x: x.softmax(-1), [X]),
     Case("LogSoftmax", lambda x: x.log_softmax(1), [X], attributes={"axis": 1}),

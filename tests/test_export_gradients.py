@@ -307,6 +307,24 @@ def test_whole_numbers_stop_the_gradient() -> None:
     close(gradient(proto, x, g), torch.from_numpy(g * (x > 0.1)))
 
 
+def test_casts_and_dropout_pass() -> None:
+    proto = node_graph(
+        helper.make_node("Cast", ["x"], ["c"], to=TensorProto.DOUBLE),
+        helper.make_node("Dropout", ["c"], ["d", "mask"]),
+        helper.make_node("Exp", ["d"], ["e"]),
+        helper.make_node("CastLike", ["e", "x"], ["y"]),
+    )
+    x, g = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    close(gradient(proto, x, g), torch.from_numpy(g * np.exp(x)))
+
+
+def test_dropout_in_training_is_refused() -> None:
+    proto = node_graph(helper.make_node("Dropout", ["x", "scale", "true"], ["y"]))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(True), "true"))
+    with pytest.raises(MissingRuleError, match="in training mode"):
+        differentiated(proto, ["x"])
+
+
 def test_quantization_passes_inside_its_range() -> None:
     proto = node_graph(
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
@@ -403,7 +421,7 @@ def test_a_weight_that_depends_on_the_layer_is_refused() -> None:
 
 
 def test_every_rule_is_tested_or_stands_here() -> None:
-    elsewhere = {"Cast", "CastLike", "Dropout", "Slice", "Conv", "ConvTranspose", "Swish"}
+    elsewhere = {"Cast", "CastLike", "Dropout", "Slice", "Conv", "ConvTranspose"}
     elsewhere |= {"QuantizeLinear", "DequantizeLinear"}
     assert set(RULES) == {case.operator for case in CASES} | elsewhere
     assert not set(RULES) & NO_GRADIENT
