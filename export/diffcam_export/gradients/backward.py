@@ -35,7 +35,8 @@ def vjp(
 
     Example:
         >>> x = ir.val("x", dtype=ir.DataType.FLOAT, shape=["N", 3])
-        >>> y = ir.node("Relu", [x]).outputs[0]
+        >>> y = ir.val("y", dtype=ir.DataType.FLOAT, shape=["N", 3])
+        >>> node = ir.node("Relu", [x], outputs=[y])
         >>> g = ir.val("g", dtype=ir.DataType.FLOAT, shape=["N", 3])
         >>> emit = Emitter("doc")
         >>> [dx] = vjp({y: g}, [x], emit)

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from diffcam_export.emit import Emitter
-from diffcam_export.gradients.registry import first_rule, rule
+from diffcam_export.gradients.registry import first_rule, refusal, rule
 from diffcam_export.gradients.shapes import BOOL, array_of, reduce_to
 
 Grads = Sequence[ir.Value | None]
@@ -17,13 +18,18 @@ def _operands(node: ir.Node) -> list[ir.Value]:
 
 @first_rule("Identity", "Dropout")
 def _identity(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    if training is not None and array_of(training) != np.array(False):
+        raise refusal(node, "it is, or may be, in training mode")
     return grad
 
 
-@first_rule("Cast", "CastLike")
-def _cast(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
-    [x, *_] = _operands(node)
-    return emit("CastLike", grad, x, dtype=x.dtype)
+@rule("Cast", "CastLike")
+def _cast(node: ir.Node, grads: Grads, wanted: Sequence[bool], emit: Emitter) -> Grads:
+    """Of the second operand of CastLike nothing but its type is read."""
+    [x, *rest] = _operands(node)
+    grad = emit("CastLike", grads[0], x, dtype=x.dtype) if wanted[0] else None
+    return [grad, *[None] * len(rest)]
 
 
 @rule("Add", "Sum", "Mean")
