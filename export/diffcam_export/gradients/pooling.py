@@ -154,13 +154,8 @@ def _cells(window: Window, axis: int, size: int, count: int, with_pads: bool) ->
     first = np.arange(count) * window.strides[axis] - begin
     places = first[:, None] + np.arange(window.kernel[axis]) * window.dilations[axis]
     lowest, highest = (-begin, size + end) if with_pads else (0, size)
-<<<<<<< HEAD
-    inside = (places >= lowest) & (places < highest)
-    return np.asarray(np.sum(inside, axis=1, dtype=np.int64))
-=======
     cells: np.ndarray = ((places >= lowest) & (places < highest)).sum(axis=1)
     return cells
->>>>>>> onnx-grad
 
 
 def _share_at_run_time(
