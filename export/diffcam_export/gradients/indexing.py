@@ -16,6 +16,7 @@ from diffcam_export.gradients.shapes import (
     shape_of,
     sizes_of,
     static_shape,
+    zero_padded,
     zeros_like,
 )
 
@@ -59,7 +60,7 @@ def _slice(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
             if len(places) == size and cut.step == 1:
                 continue
             if cut.step != 1 or not len(places):
-                grad = _spread(grad, places, size, cut.axis, emit)
+                grad = _spread(grad, places, size, cut.axis, rank(x), emit)
                 continue
             before[cut.axis] = emit.ints(int(places[0]))
         elif cut.step != 1:
@@ -90,29 +91,25 @@ def _padded(
     grad: ir.Value, before: dict[int, ir.Value], x: ir.Value, y: ir.Value, emit: Emitter
 ) -> ir.Value:
     """Zeros before and behind, up to the sizes of x."""
-    axes = sorted(before)
-    starts = [ints_of(before[axis]) for axis in axes]
-    lengths = [(static_shape(x)[axis], static_shape(y)[axis]) for axis in axes]
-    known = [
-        (start[0], size - count - start[0])
-        for start, (size, count) in zip(starts, lengths, strict=True)
-        if start is not None and size is not None and count is not None
-    ]
-    if len(known) == len(axes):
-        pads = emit.ints(*(n for n, _ in known), *(n for _, n in known))
-    else:
-        begin = emit("Concat", *(before[axis] for axis in axes), axis=0)
-        added = emit("Sub", sizes_of(x, axes, emit), sizes_of(y, axes, emit))
-        pads = emit("Concat", begin, emit("Sub", added, begin), axis=0)
-    return emit("Pad", grad, pads, emit.like(grad, 0.0), emit.ints(*axes), mode="constant")
+    grown: dict[int, tuple[int | ir.Value, int | ir.Value]] = {}
+    for axis, start in before.items():
+        first, size, count = ints_of(start), static_shape(x)[axis], static_shape(y)[axis]
+        if first is not None and size is not None and count is not None:
+            grown[axis] = first[0], size - count - first[0]
+        else:
+            added = emit("Sub", sizes_of(x, [axis], emit), sizes_of(y, [axis], emit))
+            grown[axis] = start, emit("Sub", added, start)
+    return zero_padded(grad, rank(x), grown, emit)
 
 
-def _spread(grad: ir.Value, places: np.ndarray, size: int, axis: int, emit: Emitter) -> ir.Value:
+def _spread(
+    grad: ir.Value, places: np.ndarray, size: int, axis: int, ndim: int, emit: Emitter
+) -> ir.Value:
     """Cell i of an axis goes to places[i] of a longer one, no two to the same."""
     # Cells that nothing goes to read the zero that is put behind the last one.
     source = np.full(size, len(places), dtype=np.int64)
     source[places] = np.arange(len(places))
-    ended = emit("Pad", grad, emit.ints(0, 1), emit.like(grad, 0.0), emit.ints(axis))
+    ended = zero_padded(grad, ndim, {axis: (0, 1)}, emit)
     return emit("Gather", ended, emit.constant(source), axis=axis)
 
 
@@ -126,7 +123,7 @@ def _spread_at_run_time(grad: ir.Value, cut: _Cut, x: ir.Value, emit: Emitter) -
     count = emit("Shape", places, dtype=INT64)
     numbers = emit("Range", zero, emit("Squeeze", count, emit.ints(0)), one, dtype=INT64)
     source = emit("ScatterElements", emit("Expand", count, size), places, numbers, axis=0)
-    ended = emit("Pad", grad, emit.ints(0, 1), emit.like(grad, 0.0), emit.ints(cut.axis))
+    ended = zero_padded(grad, rank(x), {cut.axis: (0, 1)}, emit)
     return emit("Gather", ended, source, axis=cut.axis)
 
 
@@ -162,10 +159,10 @@ def _gather(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
             return _only_cell(grad, int(places[0]), axis, x, emit)
         places = np.where(places < 0, places + size, places)
         if len(places) == 1:
-            pads = emit.ints(int(places[0]), size - 1 - int(places[0]))
-            return emit("Pad", grad, pads, emit.like(grad, 0.0), emit.ints(axis))
+            place = int(places[0])
+            return zero_padded(grad, rank(x), {axis: (place, size - 1 - place)}, emit)
         if len(set(places.tolist())) == len(places):
-            return _spread(grad, places, size, axis, emit)
+            return _spread(grad, places, size, axis, rank(x), emit)
         grad_rank_one = emit.constant(places)
         return _gather_added(grad, grad_rank_one, axis, x, emit)
     flat = emit("Reshape", indices, emit.ints(-1))
@@ -184,8 +181,7 @@ def _merged(grad: ir.Value, x: ir.Value, axis: int, count: int, emit: Emitter) -
 
 def _only_cell(grad: ir.Value, place: int, axis: int, x: ir.Value, emit: Emitter) -> ir.Value:
     behind = emit("Sub", sizes_of(x, [axis], emit), emit.ints(place + 1))
-    pads = emit("Concat", emit.ints(place), behind, axis=0)
-    return emit("Pad", grad, pads, emit.like(grad, 0.0), emit.ints(axis))
+    return zero_padded(grad, rank(x), {axis: (place, behind)}, emit)
 
 
 def _gather_added(

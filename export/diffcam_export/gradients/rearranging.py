@@ -15,6 +15,7 @@ from diffcam_export.gradients.shapes import (
     reshape_like,
     sizes_of,
     static_shape,
+    zero_padded,
     zeros_like,
 )
 
@@ -127,17 +128,21 @@ def _pad(node: ir.Node, grad: ir.Value, emit: Emitter) -> ir.Value:
     if node.inputs[1] is None:
         raise refusal(node, "it has no pads")
     axes = node.inputs[3] if len(node.inputs) > 3 else None
-    pads = ints_of(node.inputs[1])
-    if pads is None or min(pads) < 0:
-        opposite = emit("Neg", node.inputs[1], dtype=INT64)
-        return emit("Pad", grad, opposite, emit.like(grad, 0.0), axes, mode="constant")
-    begin, end = pads[: len(pads) // 2], pads[len(pads) // 2 :]
-    padded = [i for i in range(len(begin)) if begin[i] or end[i]]
-    if not padded:
-        return grad
     named = range(rank(x)) if axes is None else ints_of(axes)
     if named is None:
         raise refusal(node, "its axes are computed when the model runs")
+    pads = ints_of(node.inputs[1])
+    if pads is None:
+        opposite = emit("Neg", node.inputs[1], dtype=INT64)
+        return emit("Pad", grad, opposite, emit.like(grad, 0.0), axes, mode="constant")
+    begin, end = pads[: len(pads) // 2], pads[len(pads) // 2 :]
+    if min(pads) < 0:
+        places = [normalised(axis, rank(x)) for axis in named]
+        counts = ((-before, -behind) for before, behind in zip(begin, end, strict=True))
+        return zero_padded(grad, rank(x), dict(zip(places, counts, strict=True)), emit)
+    padded = [i for i in range(len(begin)) if begin[i] or end[i]]
+    if not padded:
+        return grad
     return emit(
         "Slice",
         grad,

@@ -1,6 +1,6 @@
 """Shapes of values: numbers where inference knows them, nodes where it does not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -80,6 +80,32 @@ def count_of(value: ir.Value, axes: Sequence[int], grad: ir.Value, emit: Emitter
     product = emit("ReduceProd", sizes_of(value, axes, emit), keepdims=0)
     assert grad.dtype is not None
     return emit("Cast", product, dtype=grad.dtype, to=grad.dtype.value)
+
+
+def zero_padded(
+    grad: ir.Value,
+    ndim: int,
+    grown: Mapping[int, tuple[int | ir.Value, int | ir.Value]],
+    emit: Emitter,
+) -> ir.Value:
+    """Zeros before and behind some axes.
+
+    Args:
+        grad: a value of `ndim` axes.
+        ndim: how many.
+        grown: an axis -> how many cells come before and behind, each a number or int64 (1,).
+        emit: writes the nodes.
+    """
+    # All axes are named: ONNX Runtime (1.31) moves a Transpose past a Pad as if they were.
+    pairs = [grown.get(axis, (0, 0)) for axis in range(ndim)]
+    counts = [before for before, _ in pairs] + [behind for _, behind in pairs]
+    numbers = [count for count in counts if isinstance(count, int)]
+    if len(numbers) == len(counts):
+        pads = emit.ints(*numbers)
+    else:
+        parts = (count if isinstance(count, ir.Value) else emit.ints(count) for count in counts)
+        pads = emit("Concat", *parts, axis=0, dtype=INT64)
+    return emit("Pad", grad, pads, emit.like(grad, 0.0), mode="constant")
 
 
 def zeros_like(value: ir.Value, grad: ir.Value, emit: Emitter) -> ir.Value:
