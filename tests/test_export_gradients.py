@@ -502,3 +502,18 @@ def test_exported_module(module: type[nn.Module], dynamo: bool, tmp_path: Path) 
         forward, found = run.run(None, {"x": x.detach().numpy(), "g": g.numpy()})
         close(forward, y)
         close(found, torch.autograd.grad(y, x, g)[0], 2e-5)
+
+
+def test_zeros_are_put_back_under_layout_passes() -> None:
+    """A Pad that named one axis alone was moved past a Transpose by ONNX Runtime as if for all."""
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["turned"], perm=[2, 0, 1]),
+        helper.make_node("Gather", ["turned", "place"], ["taken"], axis=0),
+        helper.make_node("Transpose", ["taken"], ["y"], perm=[1, 0]),
+    ]
+    proto = node_graph(*nodes, sizes=("N", 4, 3))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(1, dtype=np.int64), "place"))
+    x, g = np.zeros((2, 4, 3), np.float32), np.arange(8, dtype=np.float32).reshape(4, 2)
+    expected = np.zeros_like(x)
+    expected[:, :, 1] = g.T
+    np.testing.assert_array_equal(gradient(proto, x, g), expected)
