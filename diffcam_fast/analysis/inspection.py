@@ -20,6 +20,10 @@ class AnalysisError(ValueError):
     """
 
 
+Shape = tuple[int | str, int | str, int | str]
+"""Sizes of three axes; an ONNX file may leave one free, which then has a name."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A layer that could be explained.
@@ -31,7 +35,7 @@ class Candidate:
     """
 
     name: str
-    shape: tuple[int, int, int]
+    shape: Shape
     note: str
 
 
@@ -55,7 +59,7 @@ class Inspection:
     """
 
     layer: str
-    shape: tuple[int, int, int]
+    shape: Shape
     channel_axis: int
     head: str
     closed_form: bool
@@ -63,7 +67,7 @@ class Inspection:
     weight: str | None
     probabilities: bool
     candidates: tuple[Candidate, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: Shape
 
 
 def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> Inspection:

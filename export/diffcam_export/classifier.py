@@ -153,7 +153,7 @@ def _inspect(
 
 def _examples(model: nn.Module, example_inputs: Tensor | None, found: Inspection) -> Tensor:
     """Two images: a batch axis of 1 may be taken for a constant."""
-    channels, height, width = found.input_shape
+    channels, height, width = (int(size) for size in found.input_shape)
     images = example_images(model, (height, width), channels=channels)
     if example_inputs is None:
         return images

@@ -91,6 +91,7 @@ def plain_graph(
         axes |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with torch.no_grad(), evaluating(model):
         program = _exported(tapped, images, axes)
+        _plain_means(program.graph)
         exported = torch.onnx.export(program, (), dynamo=True, opset_version=opset, verbose=False)
     assert exported is not None
     graph: ir.Model = exported.model
@@ -105,6 +106,18 @@ def _exported(tapped: nn.Module, images: Tensor, axes: dict[int, Any]) -> Any:
         raise ExportError(
             f"PyTorch cannot export the model: {type(error).__name__}: {first}"
         ) from error
+
+
+def _plain_means(graph: torch.fx.Graph) -> None:
+    """Global pooling as a mean: of a channels-last activation PyTorch would make one and then a
+    rearrangement by strides, which becomes a dozen nodes.
+    """
+    pool = torch.ops.aten.adaptive_avg_pool2d.default
+    for node in graph.find_nodes(op="call_function", target=pool):
+        activation, size = node.args
+        if list(size) == [1, 1]:
+            node.target = torch.ops.aten.mean.dim
+            node.args = (activation, [-1, -2], True)
 
 
 def _named(model: ir.Model, layers: Sequence[str], logits: int) -> Plain:
