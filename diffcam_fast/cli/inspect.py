@@ -35,7 +35,8 @@ def inspect(
     """Shows how a model would be explained: target layer, head, closed form or backward, and why.
 
     MODEL is torchvision:NAME, timm:NAME, MODEL.pt2, package.module:factory, or an ONNX file;
-    without it, the default network. Nothing is downloaded: the structure does not depend on the weights.
+    without it, the default network. Nothing is downloaded: the structure does not depend on the
+    weights.
     """
     if model is not None and named is not None:
         raise click.UsageError(f"two models were given, {model} and -m {named}; name one")
