@@ -164,7 +164,7 @@ class Explainer:
         assert found.weight is not None
         split = forward(self._model, images, found.layer, channel_axis=found.channel_axis)
         with _plain_float32(images):
-            asked = _resolve(targets, topk, split.logits)
+            asked = resolve_targets(targets, topk, split.logits)
             weight = tensor_named(self._model, found.weight).detach().flatten(1)
             cells = split.activations.shape[2] * split.activations.shape[3]
             weights, classes, scores = ops.contrast_channel_weights(
@@ -180,7 +180,7 @@ class Explainer:
 
         def cotangents(logits: Tensor) -> Tensor:
             with _plain_float32(logits):
-                asked = _resolve(targets, topk, logits)
+                asked = resolve_targets(targets, topk, logits)
                 d: Tensor
                 d, classes, scores = ops.contrast_gradient(
                     logits, asked, *self._contrast.operands(logits, asked)
@@ -329,7 +329,7 @@ def _size(images: Tensor) -> tuple[int, int]:
     return images.shape[2], images.shape[3]
 
 
-def _resolve(targets: Targets, topk: int | None, logits: Tensor) -> Tensor | None:
+def resolve_targets(targets: Targets, topk: int | None, logits: Tensor) -> Tensor | None:
     """Targets as (N, T) int64 on the device of the logits, checked against their classes; None is
     the prediction, which the operators find themselves.
     """

@@ -19,6 +19,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.command()
 @click.argument("model", required=False)
+@click.option("-m", "--model", "named", metavar="MODEL", help="MODEL, as explain takes it.")
 @click.option("-o", "--out", type=_FILE, help="File to write.  [default: NAME.cam.onnx]")
 @click.option("--weights", metavar="FILE", help="Weights (.safetensors, .pth), or 'random'.")
 @click.option(
@@ -59,6 +60,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--no-verify", is_flag=True, help="Do not compare the file with the model.")
 def export(
     model: str | None,
+    named: str | None,
     out: Path | None,
     weights: str | None,
     layers: tuple[str, ...],
@@ -85,6 +87,9 @@ def export(
     MODEL is torchvision:NAME, timm:NAME, MODEL.pt2, package.module:factory, or an ONNX file;
     without it, the default network. The file runs wherever ONNX models run.
     """
+    if model is not None and named is not None:
+        raise click.UsageError(f"two models were given, {model} and -m {named}; name one")
+    model = model if named is None else named
     # Here, not above: PyTorch takes seconds to import, and --help needs none of it.
     import torch
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffcam_export.facts import Facts
 from diffcam_export.session import Opened, Provider, first_line, open_session
-from diffcam_fast.explainer import Targets, _resolve
+from diffcam_fast.explainer import Targets, resolve_targets
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_kernels import ops
@@ -301,7 +301,7 @@ class OnnxExplainer:
             )
         # Only the shape is read, so that the classes are checked as the engine checks them.
         logits = torch.empty((), device=self._opened.device).expand(n, self._classes or 2**31)
-        return _resolve(targets, None, logits)
+        return resolve_targets(targets, None, logits)
 
     def _in_batches(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (N, K), classes (N, T) and maps (N, T, h, w), in batches of the file's size."""
