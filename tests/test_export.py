@@ -15,7 +15,8 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from diffcam_export import OnnxExplainer, export_onnx
+from diffcam_export import OnnxExplainer, cam, export_onnx, reductions
+from diffcam_export.export import VerificationError
 from diffcam_export.gradients import MissingRuleError
 from diffcam_fast import Contrast, Explainer
 from diffcam_fast.cli.main import main
@@ -49,7 +50,7 @@ def images(n: int = 3, size: tuple[int, int] = (24, 24), seed: int = 1) -> Tenso
 
 def exported(model: nn.Module, tmp_path: Path, **options: Any) -> Path:
     path = tmp_path / "model.cam.onnx"
-    export_onnx(model, path, example_inputs=images(), **options)
+    export_onnx(model, path, example_inputs=images(), verify=False, **options)
     onnx.checker.check_model(str(path), full_check=True)
     return path
 
@@ -255,6 +256,17 @@ def test_from_an_onnx_file(dynamo: bool, tmp_path: Path) -> None:
         assert kept[tensor.name] == tensor.raw_data
 
 
+def test_a_file_is_compared_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = classifier(perceptron()), tmp_path / "model.cam.onnx"
+    done = export_onnx(model, out, example_inputs=images())
+    assert done.report is not None
+    assert {"checker", "own outputs", "map of 4"} <= {c.name for c in done.report.checks}
+    wrong = {"grad_cam": reductions.REDUCTIONS["layer_cam"]}
+    monkeypatch.setattr(cam, "REDUCTIONS", wrong)
+    with pytest.raises(VerificationError, match=r"map of 4 +failed +relative error"):
+        export_onnx(model, out, example_inputs=images())
+
+
 def test_what_cannot_be_done_writes_nothing(tmp_path: Path) -> None:
     model, out = classifier(linear()), tmp_path / "no.onnx"
 
@@ -282,7 +294,7 @@ def test_what_cannot_be_done_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(MissingRuleError, match="CumSum"):
         export_onnx(classifier(Cumulative()), out, example_inputs=images())
     assert not out.exists()
-    done = export_onnx(model, out, example_inputs=images())
+    done = export_onnx(model, out, example_inputs=images(), verify=False)
     with pytest.raises(ValueError, match="explains itself already"):
         export_onnx(done.path, tmp_path / "again.onnx")
 

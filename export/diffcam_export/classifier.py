@@ -18,7 +18,7 @@ from diffcam_fast.analysis import Inspection
 from diffcam_fast.analysis.inspection import example_images
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.images.preprocess import Preprocess
-from diffcam_fast.models.loading import LoadedModel, Weights, load_model
+from diffcam_fast.models.loading import LoadedModel
 from diffcam_fast.running import unwrap
 
 Layers = str | nn.Module | Sequence[str | nn.Module] | None
@@ -75,21 +75,20 @@ def from_onnx(path: Path, *, layers: Layers, logits: str | None) -> Classifier:
 
 
 def from_pytorch(
-    model: nn.Module | LoadedModel | str,
+    model: nn.Module | LoadedModel,
     *,
     example_inputs: Tensor | None,
     layers: Layers,
     dtype: Literal["float32", "float16"] | None,
     dynamic_size: bool,
     opset: int | None,
-    weights: Weights,
 ) -> Classifier:
     """Exports and analyses a PyTorch model; see `diffcam_export.export_onnx` for the arguments.
 
     Raises:
         ValueError: it cannot be loaded, analysed or exported.
     """
-    given = _given(model, weights)
+    given = _given(model)
     module = unwrap(given.model)
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be {' or '.join(_DTYPES)}, got {dtype!r}")
@@ -127,10 +126,9 @@ class _Given:
     labels: tuple[str, ...] | None
 
 
-def _given(model: nn.Module | LoadedModel | str, weights: Weights) -> _Given:
-    if isinstance(model, nn.Module):
-        return _Given(model, type(model).__name__, None, None)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, weights=weights)
+def _given(loaded: nn.Module | LoadedModel) -> _Given:
+    if isinstance(loaded, nn.Module):
+        return _Given(loaded, type(loaded).__name__, None, None)
     if loaded.batch is not None:
         raise ValueError(
             f"{loaded.name} was exported for batches of {loaded.batch} alone; export it with a"

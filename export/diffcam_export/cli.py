@@ -130,6 +130,7 @@ def export(
             opset=opset,
             inline=inline,
             logits=logits,
+            verify=False,
         )
         for line in _lines(done):
             click.echo(line)

@@ -56,8 +56,7 @@ def contrast_gradient(
     """
     k = _classes(logits)
     column = emit("Unsqueeze", classes, emit.ints(2))
-    all_classes = emit.constant(np.arange(k, dtype=np.int64))
-    target = emit("Equal", column, all_classes, dtype=ir.DataType.BOOL)
+    target = emit("Equal", column, _numbered(emit, k), dtype=ir.DataType.BOOL)
     d = emit("Cast", target, dtype=ir.DataType.FLOAT, to=ir.DataType.FLOAT)
     if contrast.weights is not None:
         q = contrast.weights.float().cpu().numpy()
@@ -89,8 +88,7 @@ def _blend(emit: Emitter, logits: ir.Value, target: ir.Value, contrast: Contrast
         return _broken(emit, z, emit("Div", taken_part, count))
     if contrast.temperature < np.finfo(np.float32).tiny:
         best = emit("ArgMax", others, dtype=ir.DataType.INT64, axis=2, keepdims=1)
-        all_classes = emit.constant(np.arange(_classes(logits), dtype=np.int64))
-        first = emit("Equal", best, all_classes, dtype=ir.DataType.BOOL)
+        first = emit("Equal", best, _numbered(emit, _classes(logits)), dtype=ir.DataType.BOOL)
         return _broken(emit, z, emit("Cast", first, dtype=z.dtype, to=z.dtype))
     if contrast.temperature != 1:
         # The maximum goes first: z / T overflows for a small T.
@@ -104,6 +102,12 @@ def _classes(logits: ir.Value) -> int:
     k = logits.shape[1]
     assert isinstance(k, int)
     return k
+
+
+def _numbered(emit: Emitter, k: int) -> ir.Value:
+    """All classes, 0 to k - 1; as a constant they would be most of what the file grows by."""
+    start, end, step = (emit.constant(np.array(n, dtype=np.int64)) for n in (0, k, 1))
+    return emit("Range", start, end, step)
 
 
 def _broken(emit: Emitter, z: ir.Value, q: ir.Value) -> ir.Value:

@@ -19,11 +19,17 @@ from diffcam_export.facts import Facts
 from diffcam_export.function import DOMAIN
 from diffcam_export.pictures import HeatmapType
 from diffcam_export.save import save
+from diffcam_export.verify import Report
+from diffcam_export.verify import verify as verified
 from diffcam_fast import __version__
 from diffcam_fast.contrast import Contrast
 from diffcam_fast.explainer import method_and_contrast
 from diffcam_fast.images.preprocess import Preprocess
-from diffcam_fast.models.loading import LoadedModel, Weights
+from diffcam_fast.models.loading import LoadedModel, Weights, load_model
+
+
+class VerificationError(ValueError):
+    """An exported file is not what it should be; the message holds all checks."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,9 @@ class Exported:
         reasons: why, for each.
         nodes: of the plain model.
         added_nodes: of its CAM head.
-        added_bytes: what the file grew by, over the plain model written the same way.
+        added_bytes: what the file grew by, over the plain model written the same way, names of
+            classes aside.
+        report: what came of comparing the file with its model; None: it was not asked for.
     """
 
     path: Path
@@ -47,6 +55,7 @@ class Exported:
     nodes: int
     added_nodes: int
     added_bytes: int
+    report: Report | None = None
 
 
 def export_onnx(
@@ -71,6 +80,7 @@ def export_onnx(
     inline: bool = False,
     weights: Weights = None,
     logits: str | None = None,
+    verify: bool = True,
 ) -> Exported:
     """Writes one plain ONNX file whose outputs are those of the classifier and the map.
 
@@ -106,6 +116,7 @@ def export_onnx(
         inline: leave the added nodes among the others; else they are one ONNX function.
         weights: as in `load_model`, for a model by name.
         logits: for an ONNX file of several outputs, the name of the one with the logits.
+        verify: compare the file with the model in ONNX Runtime, as `diffcam verify` does, untimed.
 
     Returns:
         What was written.
@@ -113,6 +124,7 @@ def export_onnx(
     Raises:
         ValueError: an option that does not fit, a model that cannot be loaded, analysed or
             exported; the message says what to do. No file is written.
+        VerificationError: a check of the file failed; the file is there, to be looked at.
 
     Example:
         >>> import tempfile, torch
@@ -124,27 +136,38 @@ def export_onnx(
         (('1',), ('closed form',))
     """
     options = _options(method, contrast, temperature, relu, targets, topk, heatmap)
-    if isinstance(model, str | Path) and str(model).endswith(".onnx"):
+    if isinstance(model, Path):
+        model = str(model)
+    if isinstance(model, str) and not model.endswith(".onnx"):
+        model = load_model(model, weights=weights)
+    if isinstance(model, str):
         _refuse_for_onnx(example_inputs=example_inputs, dtype=dtype, weights=weights)
         classifier = from_onnx(Path(model), layers=layer, logits=logits)
     else:
         classifier = from_pytorch(
-            str(model) if isinstance(model, Path) else model,
+            model,
             example_inputs=example_inputs,
             layers=layer,
             dtype=dtype,
             dynamic_size=dynamic_size,
             opset=opset,
-            weights=weights,
         )
     classifier = dataclasses.replace(
         classifier,
         preprocess=preprocess or classifier.preprocess,
         labels=tuple(labels) if labels is not None else classifier.labels,
     )
-    return write_explained(
+    done = write_explained(
         classifier, Path(out), options, inline=inline, bake_preprocess=bake_preprocess
     )
+    return _verified(done, model) if verify else done
+
+
+def _verified(done: Exported, model: nn.Module | LoadedModel | str) -> Exported:
+    report = verified(done.path, against=model, rounds=0)
+    if not report.ok:
+        raise VerificationError("\n".join([f"{done.path} failed its checks:", *report.lines()]))
+    return dataclasses.replace(done, report=report)
 
 
 def write_explained(
@@ -173,8 +196,11 @@ def write_explained(
     if bake_preprocess:
         assert classifier.preprocess is not None
         bake(model, classifier.images, classifier.preprocess)
-    model.metadata_props.update(facts.texts())
+    texts = facts.texts()
+    names = {key: texts.pop(key) for key in ["diffcam.labels"] if key in texts}
+    model.metadata_props.update(texts)
     added_bytes = _graph_bytes(model) - plain_bytes
+    model.metadata_props.update(names)
     save(model, out)
     return Exported(
         path=out,
