@@ -126,7 +126,7 @@ def test_what_a_file_says(made: tuple[Path, torch.nn.Sequential]) -> None:
     assert explainer.preprocess is not None
     assert explainer.preprocess.size == (10, 12)
     assert explainer.size == (None, None)
-    assert explainer.inspect().head == "closed form"
+    assert explainer.inspect().heads == ("closed form",)
 
 
 def test_refusals(

@@ -357,6 +357,16 @@ def test_models_that_contradict_themselves(
     assert time.perf_counter() - start < 5
 
 
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    w = Writer()
+    proto = w.model(w("Gemm", w("Flatten", w("GlobalAveragePool", w.features())), w.weight(C, K)))
+    content = proto.SerializeToString()
+    assert content.count(b"GlobalAveragePool") == 1
+    (tmp_path / "model.onnx").write_bytes(content.replace(b"GlobalAveragePool", b"\xc7" * 17))
+    with pytest.raises(OnnxFileError, match="is no text in UTF-8"):
+        read_onnx(tmp_path / "model.onnx")
+
+
 def test_a_failed_conversion_names_what_failed(tmp_path: Path) -> None:
     w = Writer(opset=5)
     proto = w.model(w("Cast", w.features(), to="FLOAT"))

@@ -95,6 +95,7 @@ def check(model: onnx.ModelProto, folder: Path) -> None:
             nodes += len(graph.node)
             if nodes > MOST_NODES:
                 raise OnnxFileError(f"the model has more than {MOST_NODES} nodes")
+            _check_names(graph)
             for tensor in _tensors(graph):
                 _check_tensor(tensor, folder)
             for node in graph.node:
@@ -223,6 +224,19 @@ def _check_external(tensor: onnx.TensorProto, expected: int, folder: Path) -> No
             f"{name} takes {expected} bytes, and its external data are {length} bytes from "
             f"{offset} on in {location!r}, a file of {status.st_size}"
         )
+
+
+def _check_names(graph: Body) -> None:
+    """Protobuf hands out as bytes what is no text."""
+    values = [*graph.input, *graph.output]
+    names: list[object] = [v if isinstance(v, str | bytes) else v.name for v in values]
+    for node in graph.node:
+        names += [node.op_type, node.domain, node.name, *node.input, *node.output]
+        names += [attribute.name for attribute in node.attribute]
+    names += [tensor.name for tensor in getattr(graph, "initializer", ())]
+    broken = next((name for name in names if not isinstance(name, str)), None)
+    if broken is not None:
+        raise OnnxFileError(f"the name {broken!r} is no text in UTF-8")
 
 
 def _check_operator(node: onnx.NodeProto, imports: dict[str, int]) -> None:
