@@ -25,7 +25,7 @@ from diffcam_bench.onnx_networks import EARLIER, ROUTES, TIMM, Case, cases
 from diffcam_bench.onnx_parity import Row, check, holds, sweep
 from diffcam_bench.rows import read_rows, results_folder
 from diffcam_export import export_onnx
-from networks import expected_maps, images, pooled, relative_error, with_mlp
+from networks import expected_maps, images, pooled, relative_error
 
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
@@ -153,15 +153,17 @@ def test_plain_files_and_their_values(tmp_path: Path, torchscript: bool) -> None
 
 def test_flops_of_plain_and_explained_files(tmp_path: Path) -> None:
     path, inputs = tmp_path / "m.onnx", images(2)
-    model = with_mlp()
+    features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+    head = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5))
+    model = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
     write_plain(model, inputs, path, torchscript=True)
-    # (2, 8, 10, 12) by 3 x 3 x 3, then 32 -> 16 -> 5.
-    conv, head = 2 * 2 * 8 * 120 * 27, 2 * 2 * (32 * 16 + 16 * 5)
-    assert flops(path, inputs, threads=1) == conv + head
+    # To (2, 8, 10, 12) from 3 x 3 x 3 values each, then 8 -> 16 -> 5.
+    conv, dense = 2 * 2 * 8 * 120 * 27, 2 * 2 * (8 * 16 + 16 * 5)
+    assert flops(path, inputs, threads=1) == conv + dense
     explained = tmp_path / "e.onnx"
-    export_onnx(model, explained, example_inputs=inputs, layer="0.0", method="layer_cam")
+    export_onnx(model, explained, example_inputs=inputs, layer="0", method="layer_cam")
     # The way back through the head costs what the way there did.
-    assert flops(explained, inputs, threads=1) == conv + 2 * head
+    assert flops(explained, inputs, threads=1) == conv + 2 * dense
 
 
 def test_complaints_about_costs() -> None:

@@ -65,9 +65,10 @@ def call_that_makes(model: nn.Module, images: Tensor, values: np.ndarray) -> int
             found.append(number)
         return result
 
+    leaf = images.clone().requires_grad_()
     # Recorded by autograd, as in what follows: attention takes another path without.
     with torch.enable_grad(), _Watched(see):
-        model(images.clone().requires_grad_())
+        model(leaf)
     return found[0] if found else None
 
 
