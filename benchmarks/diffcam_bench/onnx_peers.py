@@ -140,6 +140,12 @@ def compare(
     with torch.inference_mode():
         logits = network(images).numpy()
     with tempfile.TemporaryDirectory() as folder:
+        exported = [(file, "", "")] if file is not None else []
+        if file is None:
+            for n in (1, 8):
+                path = Path(folder, f"peer{n}.onnx")
+                versions = _export_peer(python, model, network, images[:n], path)
+                exported.append((path, versions, str(n)))
         ours = Path(folder, "ours.onnx")
         export_onnx(network, ours, example_inputs=images[:2])
         plain = Path(folder, "plain.onnx")
@@ -150,12 +156,6 @@ def compare(
             _candidate(plain, images, logits, threads),
             _candidate(ours, images, logits, threads),
         ]
-        exported = [(file, "", "")] if file is not None else []
-        if file is None:
-            for n in (1, 8):
-                path = Path(folder, f"peer{n}.onnx")
-                versions = _export_peer(python, model, network, images[:n], path)
-                exported.append((path, versions, str(n)))
         peers = [
             _candidate(path, images, logits, threads, version=version, exported_batch=n)
             for path, version, n in exported
