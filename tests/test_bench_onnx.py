@@ -161,7 +161,7 @@ def test_flops_of_plain_and_explained_files(tmp_path: Path) -> None:
     conv, dense = 2 * 2 * 8 * 120 * 27, 2 * 2 * (8 * 16 + 16 * 5)
     assert flops(path, inputs, threads=1) == conv + dense
     explained = tmp_path / "e.onnx"
-    export_onnx(model, explained, example_inputs=inputs, layer="0", method="layer_cam")
+    export_onnx(model, explained, example_inputs=inputs, layer="0", method="hires_cam")
     # The way back through the head costs what the way there did.
     assert flops(explained, inputs, threads=1) == conv + 2 * dense
 
