@@ -142,6 +142,26 @@ def test_an_activation_that_no_module_returns_is_found_by_its_values() -> None:
     assert relative_error(at_relu, expected.detach()) <= 1e-12
 
 
+class _Permuted(nn.Module):
+    """Ends as Swin does: channels last until the pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features, self.permute = nn.Conv2d(3, 8, 3), nn.Identity()
+        self.norm, self.pool, self.head = nn.LayerNorm(8), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.permute(self.norm(self.features(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return self.head(self.pool(x).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_a_permuted_activation_keeps_the_closed_form(tmp_path: Path) -> None:
+    done = export_onnx(_Permuted(), tmp_path / "m.onnx", example_inputs=images(2))
+    assert (done.layers, done.heads) == (("permute",), ("closed form",)), done.reasons
+
+
 @pytest.mark.parametrize("torchscript", [False, True])
 def test_plain_files_and_their_values(tmp_path: Path, torchscript: bool) -> None:
     path, model, inputs = tmp_path / "m.onnx", pooled(), images()
