@@ -47,15 +47,10 @@ class _Tapped(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         taken: dict[str, Tensor] = {}
 
-        def tap(name: str, output: Tensor) -> Tensor:
-            # A copy: the model may go on to overwrite its activation.
-            taken[name] = output.clone()
-            # PyTorch writes the pooling of a permuted activation as arithmetic on its strides.
-            return output.contiguous()
-
         handles = [
+            # A copy: the model may go on to overwrite its activation.
             self.model.get_submodule(name).register_forward_hook(
-                lambda module, args, output, name=name: tap(name, output)
+                lambda module, args, output, name=name: taken.__setitem__(name, output.clone())
             )
             for name in self._layers
         ]
