@@ -2,11 +2,10 @@
 
     v = clamp((bilinear(M) - min M) / (max M - min M), 0, 1)
 
-Plan: a program owns some whole rows of one picture. It looks over the map for its extremes (a map
-is small, and in cache), interpolates down the columns of the map, scaled, which leaves one value for
-each row of pixels and column of cells, and keeps these on chip. Then it walks along its rows and
-interpolates between two of them for each pixel. What depends on the row alone or on the column
-alone is computed once for the tile, and no value needs a division.
+Plan: a program owns a block of rows and columns of one picture. It looks over the map for its
+extremes (a map is small, and in cache). Rows of pixels between the same two rows of cells make a
+band: there it interpolates once along each of the two, column by column, and then only between
+them, pixel by pixel. Nothing of full size is written but the result.
 
 The overlay walks in words of four bytes: a word holds bytes of two pixels, whose colours, three
 bytes of a word each, are shifted together; two bytes of it are blended at a time. Where rows of an
@@ -21,16 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffcam_kernels import reference
 from diffcam_kernels.gpu.launch import Launch, ceil_div, device_of, power_of_two, shrunk
 from diffcam_kernels.reference.pictures import MID_GREY
 
-# Rows and columns of a tile, warps of a program. 32 columns of float32 are a line of the cache.
-_HEATMAP = (32, 32, 4)
-# Columns are words here.
-_OVERLAY = (32, 32, 4)
-# Columns of cells that a program can hold for each of its rows.
-_MAX_COLUMNS = 1024
+# Most rows of a program, rows and columns of its tile, warps; columns of an overlay are words.
+_HEATMAP = (32, 8, 256, 4)
+_OVERLAY = (32, 8, 64, 4)
 
 
 @triton.jit
@@ -43,26 +38,33 @@ def heatmap_kernel(
     W,
     scale_h,
     scale_w,
+    rows,  # of a program
     BYTES: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """This program computes BLOCK_H rows of one heatmap."""
+    """This program computes some rows of one heatmap, BLOCK_W columns of them."""
     # Maps come first: the other axes of a grid end at 65,535.
     pid_m = tl.program_id(0).to(tl.int64)
-    y = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     map_ptr = maps_ptr + pid_m * height * width
-    rows = _rows(map_ptr, y, height, width, scale_h, BLOCK_P, BLOCK_J)
-    out_ptrs = out_ptr + pid_m * H * W + (y * W)[:, None]
-    for start in range(0, W, BLOCK_W):
-        x = start + tl.arange(0, BLOCK_W)
-        v = _heat(rows, x, width, scale_w)
-        if BYTES:
-            v = (tl.where(v == v, v, 0.0) * 255 + 0.5).to(tl.uint8)
-        mask = (y < H)[:, None] & (x < W)[None, :]
-        tl.store(out_ptrs + x[None, :], v.to(out_ptr.dtype.element_ty), mask=mask)
+    lowest, span = _extremes(map_ptr, height * width, BLOCK_P)
+    x = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
+    out_ptrs = out_ptr + pid_m * H * W + x[None, :]
+    y = tl.program_id(1) * rows
+    last = tl.minimum(y + rows, H)
+    while y < last:
+        i, end = _band(y, last, height, scale_h)
+        top, bottom = _sides(map_ptr, i, x, height, width, scale_w, lowest, span)
+        for start in range(y, end, BLOCK_H):
+            offs_y = start + tl.arange(0, BLOCK_H)
+            v = _heat(top, bottom, offs_y, i, scale_h)
+            if BYTES:
+                v = (tl.where(v == v, v, 0.0) * 255 + 0.5).to(tl.uint8)
+            mask = (offs_y < end)[:, None] & (x < W)[None, :]
+            out_ptrs_y = out_ptrs + (offs_y * W)[:, None]
+            tl.store(out_ptrs_y, v.to(out_ptr.dtype.element_ty), mask=mask)
+        y = end
 
 
 @triton.jit
@@ -75,124 +77,163 @@ def overlay_kernel(
     height,
     width,
     H,
-    units,  # of a row: words or bytes
+    groups,  # of GROUP units that make a row; a unit is a word or a byte
     scale_h,
     scale_w,
+    rows,  # of a program
     share,
     WORDS: tl.constexpr,
+    GROUP: tl.constexpr,
     MISSING: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """This program computes BLOCK_H rows of one overlay."""
+    """This program computes some rows of one overlay, BLOCK_U units of them."""
     pid_m = tl.program_id(0).to(tl.int64)
-    y = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     map_ptr = maps_ptr + pid_m * height * width
-    rows = _rows(map_ptr, y, height, width, scale_h, BLOCK_P, BLOCK_J)
+    lowest, span = _extremes(map_ptr, height * width, BLOCK_P)
     # One word a colour, so that one look finds all of it.
     entries = tl.arange(0, 256) * 3
     table = tl.load(colours_ptr + entries).to(tl.int32)
     table |= tl.load(colours_ptr + entries + 1).to(tl.int32) << 8
     table |= tl.load(colours_ptr + entries + 2).to(tl.int32) << 16
     unit: tl.constexpr = tl.int32 if WORDS else tl.uint8
-    image_ptr = images_ptr.to(tl.pointer_type(unit)) + (pid_m // T) * H * units
-    result_ptr = out_ptr.to(tl.pointer_type(unit)) + pid_m * H * units
-    for start in range(0, units, BLOCK_U):
-        u = start + tl.arange(0, BLOCK_U)
-        offs = (y * units)[:, None] + u[None, :]
-        mask = (y < H)[:, None] & (u < units)[None, :]
-        image = tl.load(image_ptr + offs, mask=mask, other=0).to(tl.int32)
-        shift = (u % 3 * 8)[None, :]
+    units = groups * GROUP
+    u = tl.program_id(2) * BLOCK_U + tl.arange(0, BLOCK_U)
+    image_ptrs = images_ptr.to(tl.pointer_type(unit)) + (pid_m // T) * H * units + u[None, :]
+    out_ptrs = out_ptr.to(tl.pointer_type(unit)) + pid_m * H * units + u[None, :]
+    # Byte 4 u is of pixel u + u // 3 and, as byte u is, of channel u % 3.
+    x = u + u // 3 if WORDS else u // 3
+    shift = (u % 3 * 8)[None, :]
+    y = tl.program_id(1) * rows
+    last = tl.minimum(y + rows, H)
+    while y < last:
+        i, end = _band(y, last, height, scale_h)
+        top, bottom = _sides(map_ptr, i, x, height, width, scale_w, lowest, span)
         if WORDS:
-            # Byte 4 u is of pixel u + u // 3 and of its channel u % 3.
-            x = u + u // 3
-            colour = (_colours(table, rows, x, width, scale_w, MISSING) >> shift) | (
-                _colours(table, rows, x + 1, width, scale_w, MISSING) << (24 - shift)
+            next_top, next_bottom = _sides(
+                map_ptr, i, x + 1, height, width, scale_w, lowest, span
             )
-        else:
-            colour = (_colours(table, rows, u // 3, width, scale_w, MISSING) >> shift) & 255
-        mixed = _blend(image, colour, share)
-        if WORDS:
-            mixed |= _blend(image >> 8, colour >> 8, share) << 8
-        tl.store(result_ptr + offs, mixed.to(unit), mask=mask)
+        for start in range(y, end, BLOCK_H):
+            offs_y = start + tl.arange(0, BLOCK_H)
+            offs = (offs_y * units)[:, None]
+            mask = (offs_y < end)[:, None] & (u < units)[None, :]
+            image = tl.load(image_ptrs + offs, mask=mask, other=0).to(tl.int32)
+            colour = _colours(table, _heat(top, bottom, offs_y, i, scale_h), MISSING) >> shift
+            if WORDS:
+                v = _heat(next_top, next_bottom, offs_y, i, scale_h)
+                colour |= _colours(table, v, MISSING) << (24 - shift)
+            mixed = _blend(image, colour, share)
+            if WORDS:
+                mixed |= _blend(image >> 8, colour >> 8, share) << 8
+            tl.store(out_ptrs + offs, mixed.to(unit), mask=mask)
+        y = end
 
 
 @triton.jit
 def _blend(image, colour, share):
-    """Bytes 0 and 2 of words, blended; their products with 256 just fit two bytes each."""
+    """Bytes 0 and 2 of words, blended: their products with 256 just fit two bytes each."""
     mixed = (image & 0x00FF00FF) * (256 - share) + (colour & 0x00FF00FF) * share + 0x00800080
     return (mixed >> 8) & 0x00FF00FF
 
 
 @triton.jit
-def _colours(table, rows, x, width, scale_w, MISSING: tl.constexpr):
-    """The colours at columns x of pixels, three bytes of a word."""
-    v = _heat(rows, x, width, scale_w)
+def _colours(table, v, MISSING: tl.constexpr):
+    """The colours of some heat, three bytes of a word."""
     index = tl.minimum((tl.where(v == v, v, 0.0) * 256).to(tl.int32), 255)
     colour = tl.gather(table, index.reshape(index.numel), 0).reshape(index.shape)
     return tl.where(v == v, colour, MISSING * 0x010101)
 
 
 @triton.jit
-def _rows(map_ptr, y, height, width, scale_h, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr):
-    """The heat at rows y of pixels and all columns of cells; NaN if the map holds one anywhere."""
+def _extremes(map_ptr, cells, BLOCK_P: tl.constexpr):
+    """The least of a map and what lies between it and the largest, NaN if it holds one anywhere."""
     low = tl.full((BLOCK_P,), float("inf"), tl.float32)
     high = tl.full((BLOCK_P,), -float("inf"), tl.float32)
     broken = tl.zeros((BLOCK_P,), tl.int32)
     offs_p = tl.arange(0, BLOCK_P)
-    for start in range(0, height * width, BLOCK_P):
-        inside = start + offs_p < height * width
-        m = tl.load(map_ptr + start + offs_p, mask=inside, other=0.0).to(tl.float32)
+    for start in range(0, cells, BLOCK_P):
+        mask = start + offs_p < cells
+        m = tl.load(map_ptr + start + offs_p, mask=mask, other=0.0).to(tl.float32)
         broken = tl.maximum(broken, (m != m).to(tl.int32))
-        low = tl.minimum(low, tl.where(inside, m, float("inf")))
-        high = tl.maximum(high, tl.where(inside, m, -float("inf")))
+        low = tl.minimum(low, tl.where(mask, m, float("inf")))
+        high = tl.maximum(high, tl.where(mask, m, -float("inf")))
     lowest = tl.min(low)
-    span = tl.max(high) - lowest
-    span = tl.where(span == 0, 1.0, span)
-    i, i_next, below = _neighbours(y, height, scale_h)
-    offs_j = tl.arange(0, BLOCK_J)[None, :]
-    mask = offs_j < width
+    span = tl.where(tl.max(broken) > 0, float("nan"), tl.max(high) - lowest)
+    return lowest, tl.where(span == 0, 1.0, span)
+
+
+@triton.jit
+def _band(y, last, height, scale_h):
+    """The row of cells before row y of pixels, and the first row of pixels beyond the next one."""
+    i = _before(_position(y, scale_h), height)
+    # Rounding may move a row to the other band, where it has the same value.
+    end = tl.ceil((i + 1.5) / scale_h - 0.5).to(tl.int32)
+    end = tl.where(i < height - 1, tl.minimum(end, last), last)
+    return i, tl.maximum(end, y + 1)
+
+
+@triton.jit
+def _sides(map_ptr, i, x, height, width, scale_w, lowest, span):
+    """The heat at columns x of pixels, on cells' row i and on the one after."""
+    position = _position(x, scale_w)
+    j = _before(position, width)
+    j_next = tl.minimum(j + 1, width - 1)
+    right = position - j
+    row_ptr = map_ptr + i * width
+    next_ptr = map_ptr + tl.minimum(i + 1, height - 1) * width
     # The minimum goes first: what is left to interpolate is of the size of the range.
-    top = tl.load(map_ptr + i[:, None] * width + offs_j, mask=mask, other=0.0)
-    bottom = tl.load(map_ptr + i_next[:, None] * width + offs_j, mask=mask, other=0.0)
-    top, bottom = top.to(tl.float32) - lowest, bottom.to(tl.float32) - lowest
-    rows = (top * (1 - below)[:, None] + bottom * below[:, None]) / span
-    return tl.where(tl.max(broken) > 0, float("nan"), rows)
+    v00 = tl.load(row_ptr + j).to(tl.float32) - lowest
+    v01 = tl.load(row_ptr + j_next).to(tl.float32) - lowest
+    v10 = tl.load(next_ptr + j).to(tl.float32) - lowest
+    v11 = tl.load(next_ptr + j_next).to(tl.float32) - lowest
+    top = (v00 * (1 - right) + v01 * right) / span
+    bottom = (v10 * (1 - right) + v11 * right) / span
+    return top[None, :], bottom[None, :]
 
 
 @triton.jit
-def _heat(rows, x, width, scale_w):
-    """The heat at columns x of pixels, from `_rows`."""
-    j, j_next, right = _neighbours(x, width, scale_w)
-    shape: tl.constexpr = (rows.shape[0], x.shape[0])
-    left_heat = tl.gather(rows, tl.broadcast_to(j[None, :], shape), 1)
-    right_heat = tl.gather(rows, tl.broadcast_to(j_next[None, :], shape), 1)
-    v = left_heat * (1 - right)[None, :] + right_heat * right[None, :]
-    # Weights may sum to one unit in the last place above 1. Written so that NaN stays.
-    return tl.where(v > 1, 1.0, v)
+def _heat(top, bottom, y, i, scale_h):
+    """The heat at rows y of pixels, between those two; NaN stays."""
+    below = (_position(y, scale_h) - i)[:, None]
+    v = top * (1 - below) + bottom * below
+    return tl.where(v < 0, 0.0, tl.where(v > 1, 1.0, v))
 
 
 @triton.jit
-def _neighbours(pixels, cells, scale):
-    """The cells before and after pixels along an axis, and the weight of the one after."""
-    # Pixel centres, as align_corners=False has them.
-    position = tl.maximum((pixels + 0.5) * scale - 0.5, 0.0)
-    before = tl.minimum(position.to(tl.int32), cells - 1)
-    return before, tl.minimum(before + 1, cells - 1), position - before
+def _position(pixels, scale):
+    """Where pixels lie among cells: by their centres, as align_corners=False has them."""
+    return tl.maximum((pixels + 0.5) * scale - 0.5, 0.0)
+
+
+@triton.jit
+def _before(position, cells):
+    return tl.minimum(position.to(tl.int32), cells - 1)
 
 
 def plan_heatmap(maps: Tensor, heatmaps: Tensor) -> Launch:
     """The launch that fills heatmaps (N, T, H, W) from maps (N, T, h, w)."""
     height, width = heatmaps.shape[2:]
-    sizes, tile, programs = _tile(maps, height, width, _HEATMAP[0])
+    most, block_h, block_w, warps = _HEATMAP
+    block_w = min(block_w, power_of_two(width))
+    rows = _rows(maps, height, ceil_div(width, block_w), most)
     return Launch(
         heatmap_kernel,
-        programs,
-        {"maps_ptr": maps, "out_ptr": heatmaps, **sizes, "W": width},
-        {"BYTES": heatmaps.dtype == torch.uint8, **tile, "BLOCK_W": _HEATMAP[1]},
-        num_warps=_HEATMAP[2],
+        (maps.shape[0] * maps.shape[1], ceil_div(height, rows), ceil_div(width, block_w)),
+        {
+            "maps_ptr": maps,
+            "out_ptr": heatmaps,
+            **_sizes(maps, height, width),
+            "rows": rows,
+        },
+        {
+            "BYTES": heatmaps.dtype == torch.uint8,
+            "BLOCK_P": _block_p(maps),
+            "BLOCK_H": block_h,
+            "BLOCK_W": block_w,
+        },
+        num_warps=warps,
     )
 
 
@@ -201,11 +242,18 @@ def plan_overlay(
 ) -> Launch:
     """The launch that fills overlays (N, T, H, W, 3) from maps (N, T, h, w) and images."""
     height, width = images.shape[1:3]
-    sizes, tile, programs = _tile(maps, height, width, _OVERLAY[0])
+    most, block_h, block_u, warps = _OVERLAY
     words = width % 4 == 0 and images.data_ptr() % 4 == 0
+    units = width * 3 // (4 if words else 1)
+    # Four words to a group where rows are made of them: then the compiler knows that loads of 16
+    # bytes are aligned.
+    group = 4 if words and units % 4 == 0 else 1
+    rows = _rows(maps, height, ceil_div(units, block_u), most)
+    sizes = _sizes(maps, height, width)
+    del sizes["W"]
     return Launch(
         overlay_kernel,
-        programs,
+        (maps.shape[0] * maps.shape[1], ceil_div(height, rows), ceil_div(units, block_u)),
         {
             "maps_ptr": maps,
             "images_ptr": images,
@@ -213,32 +261,42 @@ def plan_overlay(
             "out_ptr": overlays,
             "T": maps.shape[1],
             **sizes,
-            "units": width * 3 // (4 if words else 1),
+            "groups": units // group,
+            "rows": rows,
             "share": share,
         },
-        {"WORDS": words, "MISSING": MID_GREY, **tile, "BLOCK_U": _OVERLAY[1]},
-        num_warps=_OVERLAY[2],
+        {
+            "WORDS": words,
+            "GROUP": group,
+            "MISSING": MID_GREY,
+            "BLOCK_P": _block_p(maps),
+            "BLOCK_H": block_h,
+            "BLOCK_U": block_u,
+        },
+        num_warps=warps,
     )
 
 
-def _tile(
-    maps: Tensor, height: int, width: int, rows: int
-) -> tuple[dict[str, float], dict[str, int], tuple[int, int]]:
-    """Sizes, blocks and programs of both kernels."""
-    n, t, h, w = maps.shape
-    block_j = power_of_two(w)
-    # Wide maps leave room on chip for few rows.
-    most = max(1, min(rows, 4096 // block_j))
-    block_h = shrunk(most, min(most, 8), height, n * t, 4 * device_of(maps).processors)
-    sizes = {"height": h, "width": w, "H": height, "scale_h": h / height, "scale_w": w / width}
-    blocks = {"BLOCK_P": min(power_of_two(h * w), 1024), "BLOCK_J": block_j, "BLOCK_H": block_h}
-    return sizes, blocks, (n * t, ceil_div(height, block_h))
+def _rows(maps: Tensor, height: int, columns: int, most: int) -> int:
+    """Rows of a program: fewer of them while there are too few programs."""
+    others = maps.shape[0] * maps.shape[1] * columns
+    return shrunk(most, 8, height, others, 4 * device_of(maps).processors)
+
+
+def _sizes(maps: Tensor, height: int, width: int) -> dict[str, float]:
+    h, w = maps.shape[2:]
+    return {
+        **{"height": h, "width": w, "H": height, "W": width},
+        **{"scale_h": h / height, "scale_w": w / width},
+    }
+
+
+def _block_p(maps: Tensor) -> int:
+    return min(power_of_two(maps.shape[2] * maps.shape[3]), 1024)
 
 
 def heatmap(maps: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
     """See `diffcam_kernels.reference.heatmap`."""
-    if maps.shape[3] > _MAX_COLUMNS:
-        return reference.heatmap(maps, height, width, dtype).contiguous()
     heatmaps = torch.empty((*maps.shape[:2], height, width), dtype=dtype, device=maps.device)
     plan_heatmap(maps.contiguous(), heatmaps).run()
     return heatmaps
@@ -246,8 +304,6 @@ def heatmap(maps: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor
 
 def overlay(maps: Tensor, images: Tensor, colours: Tensor, share: int) -> Tensor:
     """See `diffcam_kernels.reference.overlay`."""
-    if maps.shape[3] > _MAX_COLUMNS:
-        return reference.overlay(maps, images, colours, share).contiguous()
     n, t = maps.shape[:2]
     overlays = torch.empty((n, t, *images.shape[1:]), dtype=torch.uint8, device=maps.device)
     plan_overlay(
