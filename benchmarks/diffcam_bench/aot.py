@@ -80,8 +80,9 @@ def _operators() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                 )
                 yield "pooled_cam", f"{name} sliced", False, [plan]
                 if side * side <= eigen.MAX_CELLS:
-                    plan = eigen.plan_eigen_cam(a, _empty(n, side, side), True)
-                    yield "eigen_cam", name, aligned, [plan]
+                    parts = eigen.empty_parts(a)
+                    plans = eigen.plan_eigen_cam(a, parts, _empty(n, side, side), True)
+                    yield "eigen_cam", name, aligned, plans
     yield from _contrasts()
     yield from _pictures()
 

@@ -67,7 +67,7 @@ def gradient_cam(n: int, t: int, c: int, p: int, itemsize: int, reduction: str) 
 
 
 def eigen_cam(n: int, c: int, p: int, itemsize: int) -> Cost:
-    """A (N, C, P) to maps (N, P), by the Gram matrix of the smaller side and 24 squarings."""
+    """A (N, C, P) to maps (N, P), by the Gram matrix of the smaller side and up to 24 squarings."""
     side = min(c, p)
     return Cost(n * c * p * itemsize + n * p * _RESULT, 2 * n * c * p * side + 48 * n * side**3)
 

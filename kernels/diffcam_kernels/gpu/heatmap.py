@@ -55,10 +55,12 @@ def heatmap_kernel(
     last = tl.minimum(y + rows, H)
     while y < last:
         i, end = _band(y, last, height, scale_h)
-        top, bottom = _sides(map_ptr, i, x, height, width, scale_w, lowest, span)
+        top, rise = _sides(map_ptr, i, x, height, width, scale_w, lowest, span)
         for start in range(y, end, BLOCK_H):
             offs_y = start + tl.arange(0, BLOCK_H)
-            v = _heat(top, bottom, offs_y, i, scale_h)
+            v = _heat(top, rise, offs_y, i, scale_h)
+            # Rounding may leave [0, 1] by a unit in the last place. Written so that NaN stays.
+            v = tl.where(v < 0, 0.0, tl.where(v > 1, 1.0, v))
             if BYTES:
                 v = (tl.where(v == v, v, 0.0) * 255 + 0.5).to(tl.uint8)
             mask = (offs_y < end)[:, None] & (x < W)[None, :]
@@ -93,6 +95,8 @@ def overlay_kernel(
     pid_m = tl.program_id(0).to(tl.int64)
     map_ptr = maps_ptr + pid_m * height * width
     lowest, span = _extremes(map_ptr, height * width, BLOCK_P)
+    # Heat counts in 256ths here.
+    span /= 256
     # One word a colour, so that one look finds all of it.
     entries = tl.arange(0, 256) * 3
     table = tl.load(colours_ptr + entries).to(tl.int32)
@@ -110,19 +114,18 @@ def overlay_kernel(
     last = tl.minimum(y + rows, H)
     while y < last:
         i, end = _band(y, last, height, scale_h)
-        top, bottom = _sides(map_ptr, i, x, height, width, scale_w, lowest, span)
+        top, rise = _sides(map_ptr, i, x, height, width, scale_w, lowest, span)
         if WORDS:
-            next_top, next_bottom = _sides(
-                map_ptr, i, x + 1, height, width, scale_w, lowest, span
-            )
+            next_top, next_rise = _sides(map_ptr, i, x + 1, height, width, scale_w, lowest, span)
         for start in range(y, end, BLOCK_H):
             offs_y = start + tl.arange(0, BLOCK_H)
             offs = (offs_y * units)[:, None]
             mask = (offs_y < end)[:, None] & (u < units)[None, :]
             image = tl.load(image_ptrs + offs, mask=mask, other=0).to(tl.int32)
-            colour = _colours(table, _heat(top, bottom, offs_y, i, scale_h), MISSING) >> shift
+            v = _heat(top, rise, offs_y, i, scale_h)
+            colour = _colours(table, v, MISSING) >> shift
             if WORDS:
-                v = _heat(next_top, next_bottom, offs_y, i, scale_h)
+                v = _heat(next_top, next_rise, offs_y, i, scale_h)
                 colour |= _colours(table, v, MISSING) << (24 - shift)
             mixed = _blend(image, colour, share)
             if WORDS:
@@ -140,8 +143,8 @@ def _blend(image, colour, share):
 
 @triton.jit
 def _colours(table, v, MISSING: tl.constexpr):
-    """The colours of some heat, three bytes of a word."""
-    index = tl.minimum((tl.where(v == v, v, 0.0) * 256).to(tl.int32), 255)
+    """The colours of some heat in 256ths, three bytes of a word."""
+    index = tl.minimum(tl.where(v == v, v, 0.0).to(tl.int32), 255)
     colour = tl.gather(table, index.reshape(index.numel), 0).reshape(index.shape)
     return tl.where(v == v, colour, MISSING * 0x010101)
 
@@ -176,7 +179,7 @@ def _band(y, last, height, scale_h):
 
 @triton.jit
 def _sides(map_ptr, i, x, height, width, scale_w, lowest, span):
-    """The heat at columns x of pixels, on cells' row i and on the one after."""
+    """The heat at columns x of pixels on row i of cells, and by how much it rises to the next."""
     position = _position(x, scale_w)
     j = _before(position, width)
     j_next = tl.minimum(j + 1, width - 1)
@@ -190,15 +193,13 @@ def _sides(map_ptr, i, x, height, width, scale_w, lowest, span):
     v11 = tl.load(next_ptr + j_next).to(tl.float32) - lowest
     top = (v00 * (1 - right) + v01 * right) / span
     bottom = (v10 * (1 - right) + v11 * right) / span
-    return top[None, :], bottom[None, :]
+    return top[None, :], (bottom - top)[None, :]
 
 
 @triton.jit
-def _heat(top, bottom, y, i, scale_h):
-    """The heat at rows y of pixels, between those two; NaN stays."""
-    below = (_position(y, scale_h) - i)[:, None]
-    v = top * (1 - below) + bottom * below
-    return tl.where(v < 0, 0.0, tl.where(v > 1, 1.0, v))
+def _heat(top, rise, y, i, scale_h):
+    """The heat at rows y of pixels, below row i of cells."""
+    return top + rise * (_position(y, scale_h) - i)[:, None]
 
 
 @triton.jit
