@@ -41,12 +41,14 @@ def same_order_kernel(
     out_ptr,  # like images, floating point
     C,
     size,  # values of an image
+    programs,  # of an image
     stride_in,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """This program computes up to STEPS blocks of one image, C blocks apart."""
-    pid_n, pid = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    # One axis, as the others of a grid end at 65,535.
+    pid_n, pid = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
     first = (pid // C).to(tl.int64) * (C * STEPS) + pid % C
     offs = tl.arange(0, BLOCK)
     channel = ((pid % C) * BLOCK + offs) % C
@@ -72,16 +74,16 @@ def planes_kernel(
     BLOCK: tl.constexpr,
 ):
     """This program computes STEPS x BLOCK groups of four pixels of one image."""
-    pid_n = tl.program_id(1).to(tl.int64)
+    pid_n = tl.program_id(0).to(tl.int64)
     words_ptr = images_ptr.to(tl.pointer_type(tl.int32)) + pid_n * stride_in
     for step in tl.static_range(STEPS):
-        offs = (tl.program_id(0) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        offs = (tl.program_id(1) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         mask = offs < quads
         # Bytes rgbr gbrg brgb.
         w0 = tl.load(words_ptr + offs * 3, mask=mask, other=0)
         w1 = tl.load(words_ptr + offs * 3 + 1, mask=mask, other=0)
         w2 = tl.load(words_ptr + offs * 3 + 2, mask=mask, other=0)
-        pixels = tl.program_id(0) * STEPS * BLOCK * 4 + step * BLOCK * 4 + tl.arange(0, BLOCK * 4)
+        pixels = tl.program_id(1) * STEPS * BLOCK * 4 + step * BLOCK * 4 + tl.arange(0, BLOCK * 4)
         inside = pixels < quads * 4
         plane_ptrs = out_ptr + pid_n * quads * 12 + pixels
         for channel in tl.static_range(3):
@@ -144,10 +146,12 @@ def plan_preprocess(images: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -
         if images.is_contiguous():
             # Images follow each other: they are one.
             n, size = 1, n * size
+        programs = c * ceil_div(size, c * _STEPS * _BLOCK)
+        sizes = {"C": c, "size": size, "programs": programs, "stride_in": images.stride(0)}
         return Launch(
             same_order_kernel,
-            (c * ceil_div(size, c * _STEPS * _BLOCK), n),
-            {**operands, "C": c, "size": size, "stride_in": images.stride(0)},
+            (programs * n,),
+            {**operands, **sizes},
             {"STEPS": _STEPS, "BLOCK": _BLOCK},
             num_warps=_WARPS,
         )
@@ -156,7 +160,7 @@ def plan_preprocess(images: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -
         quads = height * width // 4
         return Launch(
             planes_kernel,
-            (ceil_div(quads, _QUADS * _QUAD_STEPS), n),
+            (n, ceil_div(quads, _QUADS * _QUAD_STEPS)),
             {**operands, "quads": quads, "stride_in": images.stride(0) // 4},
             {"STEPS": _QUAD_STEPS, "BLOCK": _QUADS},
             num_warps=_QUAD_WARPS,
