@@ -144,7 +144,8 @@ def _blend(image, colour, share):
 @triton.jit
 def _colours(table, v, MISSING: tl.constexpr):
     """The colours of some heat in 256ths, three bytes of a word."""
-    index = tl.minimum(tl.where(v == v, v, 0.0).to(tl.int32), 255)
+    # Rows beyond the band, which are not stored, lie anywhere.
+    index = tl.minimum(tl.maximum(tl.where(v == v, v, 0.0).to(tl.int32), 0), 255)
     colour = tl.gather(table, index.reshape(index.numel), 0).reshape(index.shape)
     return tl.where(v == v, colour, MISSING * 0x010101)
 
