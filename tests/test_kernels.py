@@ -274,10 +274,11 @@ def test_heatmap_takes_any_view() -> None:
     check(ops.heatmap(maps, 9, 9), reference.heatmap(maps.double(), 9, 9))
 
 
-def test_overlay() -> None:
+@pytest.mark.parametrize("width", [18, 20, 32])
+def test_overlay(width: int) -> None:
     maps = random(2, 2, 7, 5)
     maps[1, 1, 0, 0] = math.nan
-    pictures = integers(256, 2, 23, 18, 3, dtype=torch.uint8)
+    pictures = integers(256, 2, 23, width, 3, dtype=torch.uint8)
     colours = integers(256, 256, 3, dtype=torch.uint8)
     found = ops.overlay(maps, pictures, colours, 100)
     expected = reference.overlay(maps, pictures, colours, 100)
@@ -290,8 +291,9 @@ def test_overlay() -> None:
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_preprocess(channels_last: bool, channels: int) -> None:
-    pictures = integers(256, 2, 9, 14, channels, dtype=torch.uint8)
+@pytest.mark.parametrize("width", [14, 16])
+def test_preprocess(channels_last: bool, channels: int, width: int) -> None:
+    pictures = integers(256, 2, 9, width, channels, dtype=torch.uint8)
     mean, std = [0.4, 0.5, 0.6, 0.1][:channels], [0.2, 0.3, 0.25, 1.0][:channels]
     for view in (pictures, pictures[:, ::2, 1:]):
         expected = reference.preprocess(view, mean, std, torch.float32, channels_last)
