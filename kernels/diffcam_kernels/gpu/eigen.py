@@ -2,19 +2,24 @@
 
     M = s u,   u the leading eigenvector of the Gram matrix X X^T (P, P), s^2 its eigenvalue
 
-Plan, up to 64 cells, two launches. In the first a program takes a run of channels of one image,
-subtracts their means and adds up their products; how many channels depends on their number alone,
-so that an image has the same map in any batch. In the second a program adds up the parts of one
-image and squares the matrix, each time scaled to trace 1, until one eigenvalue is left: what
-remains is u u^T. That takes about log2(15 / log(s^2 / s_2^2)) squarings, and at most 24, unless the
-two largest singular values agree to 1e-7 or so. The column of the largest diagonal entry is u.
+Plan, up to 64 cells, two launches. In the first a program takes a run of channels of one image and
+adds up their products; the length of a run is fixed, so that an image has the same map in any
+batch. In the second a program adds up the parts of one image and squares the matrix twice, then
+scales it to trace 1, until one eigenvalue is left: what remains is u u^T. That takes about
+log2(15 / log(s^2 / s_2^2)) squarings, and at most 24, unless the two largest singular values agree
+to 1e-7 or so. The column of the largest diagonal entry is u.
+
+Means over the cells are subtracted from the Gram matrix, its rows and its columns, not from X: then
+no sum stands between a load and its product. So that means far above deviations lose no digits
+there, the first cell of each channel is subtracted before. Half precision does without: products
+are exact, in TF32 already, and the digits that may be lost A has lost when it was rounded.
 
 More cells do not fit: PyTorch's batched products then do the same, on the smaller of X X^T and
 X^T X.
 
 Squares are taken of A: its magnitude must lie between 1e-15 and 1e15.
 
-Bytes: A and M once, 16 kB an image and run written and read again, in cache as a rule. FLOP:
+Bytes: A and M once, P^2 values an image and run written and read again, in cache as a rule. FLOP:
 2 N C P^2 + up to 48 N P^3.
 """
 
@@ -23,13 +28,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffcam_kernels.gpu.launch import Launch, ceil_div, flat_cells, power_of_two
+from diffcam_kernels.gpu.launch import Launch, ceil_div, cells_first, flat_cells, power_of_two
 from diffcam_kernels.gpu.pooled import cell_offsets
 
 MAX_CELLS = 64
 _SQUARINGS = 24
-# Channels of a program and of one product of it, warps, loads in flight; warps of the second.
-_RUN, _BLOCK_C, _WARPS, _STAGES, _LAST_WARPS = 256, 64, 4, 3, 4
+# Channels of a program: few, as one image has no others to fill the device.
+_RUN = 256
+# Channels of one product, warps, loads in flight: of half precision and of float32.
+_HALF, _FLOAT = (64, 4, 3), (32, 4, 2)
+# Half precision goes without an origin, by products that are exact anyway.
+_EXACT = True
+# Warps of the second launch.
+_LAST_WARPS = 4
 
 
 @triton.jit
@@ -46,6 +57,7 @@ def gram_kernel(
     stride_aw,
     FLAT: tl.constexpr,
     CENTER: tl.constexpr,
+    EXACT: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -57,17 +69,21 @@ def gram_kernel(
     mask_p = offs_p < P
     cells = cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT)
     channels = offs_c.to(tl.int64) * stride_ac
-    a_ptrs = a_ptr + (pid // runs) * stride_an + cells[:, None] + channels[None, :]
+    origin_ptrs = a_ptr + (pid // runs) * stride_an + channels
+    a_ptrs = origin_ptrs[None, :] + cells[:, None]
     gram = tl.zeros((BLOCK_P, BLOCK_P), tl.float32)
     for start in range(0, tl.minimum(C - first, RUN), BLOCK_C):
         mask = mask_p[:, None] & (start + offs_c < C)[None, :]
         x = tl.load(a_ptrs, mask=mask, other=0.0).to(tl.float32)
-        if CENTER:
-            x = tl.where(mask, x - (tl.sum(x, axis=0) / P)[None, :], 0.0)
-        gram = tl.dot(x, tl.trans(x), gram, input_precision="tf32x3")
+        if CENTER and not EXACT:
+            origin = tl.load(origin_ptrs, mask=start + offs_c < C, other=0.0)
+            x = tl.where(mask_p[:, None], x - origin.to(tl.float32)[None, :], 0.0)
+        gram = tl.dot(x, tl.trans(x), gram, input_precision="tf32" if EXACT else "tf32x3")
+        origin_ptrs += BLOCK_C * stride_ac
         a_ptrs += BLOCK_C * stride_ac
     offs = offs_p[:, None] * BLOCK_P + offs_p[None, :]
-    tl.store(parts_ptr + pid * BLOCK_P * BLOCK_P + offs, gram)
+    mask = mask_p[:, None] & mask_p[None, :]
+    tl.store(parts_ptr + pid * BLOCK_P * BLOCK_P + offs, gram, mask=mask)
 
 
 @triton.jit
@@ -76,6 +92,7 @@ def eigenvector_kernel(
     out_ptr,  # (N, P) float32, contiguous
     P,
     runs,
+    CENTER: tl.constexpr,
     SQUARINGS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -86,26 +103,36 @@ def eigenvector_kernel(
     diagonal = offs_p[:, None] == offs_p[None, :]
     part_ptrs = parts_ptr + pid_n * runs * BLOCK_P * BLOCK_P
     part_ptrs += offs_p[:, None] * BLOCK_P + offs_p[None, :]
+    mask = mask_p[:, None] & mask_p[None, :]
     gram = tl.zeros((BLOCK_P, BLOCK_P), tl.float32)
     for _ in range(runs):
-        gram += tl.load(part_ptrs)
+        gram += tl.load(part_ptrs, mask=mask, other=0.0)
         part_ptrs += BLOCK_P * BLOCK_P
     trace = tl.sum(tl.where(diagonal, gram, 0.0))
+    if CENTER:
+        gram -= (tl.sum(gram, axis=0) / P)[None, :]
+        gram = tl.where(mask, gram - (tl.sum(gram, axis=1) / P)[:, None], 0.0)
+        # What channels of one value leave is rounding: it is 0.
+        noise = trace * 1e-6
+        trace = tl.sum(tl.where(diagonal, gram, 0.0))
+        gram = tl.where(trace <= noise, 0.0, gram)
+        trace = tl.where(trace <= noise, 0.0, trace)
     # 0 has no direction: the map is 0.
     power = gram / tl.where(trace == 0, 1.0, trace)
-    # The traces t_k before each scaling tell the eigenvalue: log s^2 = log t + sum_k log t_k / 2^k.
-    logarithm, share, size, step = 0.0, 0.5, 0.0, 0
-    # A trace of 1 - 2 e leaves e to the other eigenvalues before the squaring, e^2 after it: here
-    # less than float32 holds. NaN ends it as well.
-    while (step < SQUARINGS) & (size < 0.9999):
+    # The traces t_k before each scaling tell the eigenvalue: log s^2 = log t + sum_k log t_k / 4^k.
+    logarithm, share, size, step = 0.0, 0.25, 0.0, 0
+    # All but the largest eigenvalue share e before, the fourth power of which is left. A trace of
+    # 1 - 4 e leaves less than float32 holds here. NaN ends it as well.
+    while (step < SQUARINGS) & (size < 0.97):
+        power = tl.dot(power, power, input_precision="tf32x3")
         power = tl.dot(power, power, input_precision="tf32x3")
         size = tl.sum(tl.where(diagonal, power, 0.0))
         # Where there is nothing, there is nothing to wait for.
         size = tl.where(size == 0, 1.0, size)
         power = power / size
         logarithm += tl.log(size) * share
-        share *= 0.5
-        step += 1
+        share *= 0.25
+        step += 2
     entries = tl.sum(tl.where(diagonal, power, 0.0), axis=1)
     column = tl.argmax(_comparable(entries), axis=0)
     u = tl.sum(tl.where(offs_p[None, :] == column, power, 0.0), axis=1)
@@ -136,6 +163,11 @@ def plan_eigen_cam(activations: Tensor, parts: Tensor, maps: Tensor, center: boo
     """
     n, c, height, width = activations.shape
     runs, block_p = parts.shape[1:3]
+    half = activations.element_size() == 2
+    block_c, warps, stages = _HALF if half else _FLOAT
+    # Rows of cells begin anywhere: loads ahead would move 4 bytes at a time, which is slow.
+    if cells_first(activations):
+        stages = 1
     gram = Launch(
         gram_kernel,
         (n * runs,),
@@ -148,19 +180,20 @@ def plan_eigen_cam(activations: Tensor, parts: Tensor, maps: Tensor, center: boo
         {
             "FLAT": flat_cells(activations),
             "CENTER": center,
+            "EXACT": half and _EXACT,
             "RUN": _RUN,
             # Matrix products take 16 rows and columns at least.
-            "BLOCK_C": min(max(power_of_two(c), 16), _BLOCK_C),
+            "BLOCK_C": min(max(power_of_two(c), 16), block_c),
             "BLOCK_P": block_p,
         },
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        num_warps=warps,
+        num_stages=stages,
     )
     vector = Launch(
         eigenvector_kernel,
         (n,),
         {"parts_ptr": parts, "out_ptr": maps, "P": height * width, "runs": runs},
-        {"SQUARINGS": _SQUARINGS, "BLOCK_P": block_p},
+        {"CENTER": center, "SQUARINGS": _SQUARINGS, "BLOCK_P": block_p},
         num_warps=_LAST_WARPS,
     )
     return [gram, vector]

@@ -24,8 +24,8 @@ from diffcam_kernels.gpu.launch import Launch, ceil_div, device_of, power_of_two
 from diffcam_kernels.reference.pictures import MID_GREY
 
 # Most rows of a program, rows and columns of its tile, warps; columns of an overlay are words.
-_HEATMAP = (32, 8, 256, 4)
-_OVERLAY = (32, 8, 64, 4)
+_HEATMAP = (64, 8, 256, 4)
+_OVERLAY = (64, 8, 64, 2)
 
 
 @triton.jit
@@ -152,19 +152,21 @@ def _colours(table, v, MISSING: tl.constexpr):
 
 @triton.jit
 def _extremes(map_ptr, cells, BLOCK_P: tl.constexpr):
-    """The least of a map and what lies between it and the largest, NaN if it holds one anywhere."""
+    """The least of a map and what lies between it and the largest.
+
+    With NaN anywhere the least is -inf: from there, all of a map is NaN.
+    """
     low = tl.full((BLOCK_P,), float("inf"), tl.float32)
     high = tl.full((BLOCK_P,), -float("inf"), tl.float32)
-    broken = tl.zeros((BLOCK_P,), tl.int32)
     offs_p = tl.arange(0, BLOCK_P)
     for start in range(0, cells, BLOCK_P):
         mask = start + offs_p < cells
         m = tl.load(map_ptr + start + offs_p, mask=mask, other=0.0).to(tl.float32)
-        broken = tl.maximum(broken, (m != m).to(tl.int32))
+        m = tl.where(m == m, m, -float("inf"))
         low = tl.minimum(low, tl.where(mask, m, float("inf")))
         high = tl.maximum(high, tl.where(mask, m, -float("inf")))
     lowest = tl.min(low)
-    span = tl.where(tl.max(broken) > 0, float("nan"), tl.max(high) - lowest)
+    span = tl.max(high) - lowest
     return lowest, tl.where(span == 0, 1.0, span)
 
 

@@ -23,14 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffcam_kernels.gpu.launch import Launch, ceil_div
+from diffcam_kernels.gpu.launch import Launch, ceil_div, device_of, shrunk
 
 # Values of a program and its warps: 16 bytes of a picture for each thread.
-_BLOCK, _WARPS = 2048, 4
-# Steps of a program.
-_STEPS = 4
-# Groups of four pixels of a program, one for each thread at every step, and its warps.
-_QUADS, _QUAD_WARPS, _QUAD_STEPS = 128, 4, 2
+_BLOCK, _WARPS = 1024, 2
+# Bytes that a program writes for each value of its block, over its steps: more steps save look-ups.
+_STEP_BYTES = 8
+# Groups of four pixels of a program, one for each thread, and its warps.
+_QUADS, _QUAD_WARPS = 128, 4
 
 
 @triton.jit
@@ -70,32 +70,30 @@ def planes_kernel(
     out_ptr,  # (N, 3, H, W) floating point, contiguous
     quads,  # of an image: groups of four pixels, of three words
     stride_in,  # in words
-    STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """This program computes STEPS x BLOCK groups of four pixels of one image."""
+    """This program computes BLOCK groups of four pixels of one image."""
     pid_n = tl.program_id(0).to(tl.int64)
     words_ptr = images_ptr.to(tl.pointer_type(tl.int32)) + pid_n * stride_in
-    for step in tl.static_range(STEPS):
-        offs = (tl.program_id(1) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        mask = offs < quads
-        # Bytes rgbr gbrg brgb.
-        w0 = tl.load(words_ptr + offs * 3, mask=mask, other=0)
-        w1 = tl.load(words_ptr + offs * 3 + 1, mask=mask, other=0)
-        w2 = tl.load(words_ptr + offs * 3 + 2, mask=mask, other=0)
-        pixels = tl.program_id(1) * STEPS * BLOCK * 4 + step * BLOCK * 4 + tl.arange(0, BLOCK * 4)
-        inside = pixels < quads * 4
-        plane_ptrs = out_ptr + pid_n * quads * 12 + pixels
-        for channel in tl.static_range(3):
-            if channel == 0:
-                x = _four(w0, w0 >> 24, w1 >> 16, w2 >> 8)
-            elif channel == 1:
-                x = _four(w0 >> 8, w1, w1 >> 24, w2 >> 16)
-            else:
-                x = _four(w0 >> 16, w1 >> 8, w2, w2 >> 24)
-            y = x * tl.load(scale_ptr + channel) + tl.load(shift_ptr + channel)
-            tl.store(plane_ptrs, y.to(out_ptr.dtype.element_ty), mask=inside)
-            plane_ptrs += quads * 4
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < quads
+    # Bytes rgbr gbrg brgb.
+    w0 = tl.load(words_ptr + offs * 3, mask=mask, other=0)
+    w1 = tl.load(words_ptr + offs * 3 + 1, mask=mask, other=0)
+    w2 = tl.load(words_ptr + offs * 3 + 2, mask=mask, other=0)
+    pixels = tl.program_id(1) * BLOCK * 4 + tl.arange(0, BLOCK * 4)
+    inside = pixels < quads * 4
+    plane_ptrs = out_ptr + pid_n * quads * 12 + pixels
+    for channel in tl.static_range(3):
+        if channel == 0:
+            x = _four(w0, w0 >> 24, w1 >> 16, w2 >> 8)
+        elif channel == 1:
+            x = _four(w0 >> 8, w1, w1 >> 24, w2 >> 16)
+        else:
+            x = _four(w0 >> 16, w1 >> 8, w2, w2 >> 24)
+        y = x * tl.load(scale_ptr + channel) + tl.load(shift_ptr + channel)
+        tl.store(plane_ptrs, y.to(out_ptr.dtype.element_ty), mask=inside)
+        plane_ptrs += quads * 4
 
 
 @triton.jit
@@ -146,13 +144,16 @@ def plan_preprocess(images: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -
         if images.is_contiguous():
             # Images follow each other: they are one.
             n, size = 1, n * size
-        programs = c * ceil_div(size, c * _STEPS * _BLOCK)
+        # Fewer steps while there are too few programs.
+        most, wanted = _STEP_BYTES // out.element_size(), 8 * device_of(images).processors
+        steps = shrunk(most, 1, ceil_div(size, _BLOCK), n, wanted)
+        programs = c * ceil_div(size, c * steps * _BLOCK)
         sizes = {"C": c, "size": size, "programs": programs, "stride_in": images.stride(0)}
         return Launch(
             same_order_kernel,
             (programs * n,),
             {**operands, **sizes},
-            {"STEPS": _STEPS, "BLOCK": _BLOCK},
+            {"STEPS": steps, "BLOCK": _BLOCK},
             num_warps=_WARPS,
         )
     aligned = images.data_ptr() % 4 == 0 and images.stride(0) % 4 == 0
@@ -160,9 +161,9 @@ def plan_preprocess(images: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -
         quads = height * width // 4
         return Launch(
             planes_kernel,
-            (n, ceil_div(quads, _QUADS * _QUAD_STEPS)),
+            (n, ceil_div(quads, _QUADS)),
             {**operands, "quads": quads, "stride_in": images.stride(0) // 4},
-            {"STEPS": _QUAD_STEPS, "BLOCK": _QUADS},
+            {"BLOCK": _QUADS},
             num_warps=_QUAD_WARPS,
         )
     size = size if pixels else height * width
