@@ -251,6 +251,12 @@ def test_eigen_cam_of_nothing_and_of_nan() -> None:
     assert (maps[0] == 0).all() and maps[1].isnan().all() and maps[2].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_eigen_cam_of_channels_of_one_value(dtype: torch.dtype) -> None:
+    a = random(1, 20, 1, 1, dtype=dtype).expand(1, 20, 5, 5)
+    assert (ops.eigen_cam(a, True) == 0).all()
+
+
 @pytest.mark.parametrize("size", [((7, 7), (20, 31)), ((1, 1), (3, 3)), ((40, 30), (17, 11))])
 def test_heatmap(size: tuple[tuple[int, int], tuple[int, int]]) -> None:
     small, large = size
