@@ -28,19 +28,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffcam_kernels.gpu.launch import Launch, ceil_div, cells_first, flat_cells, power_of_two
+from diffcam_kernels.gpu.launch import Launch, ceil_div, flat_cells, power_of_two
 from diffcam_kernels.gpu.pooled import cell_offsets
 
 MAX_CELLS = 64
 _SQUARINGS = 24
 # Channels of a program: few, as one image has no others to fill the device.
 _RUN = 256
-# Channels of one product, warps, loads in flight: of half precision and of float32.
-_HALF, _FLOAT = (64, 4, 3), (32, 4, 2)
-# Half precision goes without an origin, by products that are exact anyway.
-_EXACT = True
-# Warps of the second launch.
-_LAST_WARPS = 4
+# Bytes of a cell's channels in one product: with more, float32 runs out of registers. There are no
+# loads ahead of it, which were slower.
+_PRODUCT_BYTES = 128
+_WARPS = 4
 
 
 @triton.jit
@@ -163,11 +161,7 @@ def plan_eigen_cam(activations: Tensor, parts: Tensor, maps: Tensor, center: boo
     """
     n, c, height, width = activations.shape
     runs, block_p = parts.shape[1:3]
-    half = activations.element_size() == 2
-    block_c, warps, stages = _HALF if half else _FLOAT
-    # Rows of cells begin anywhere: loads ahead would move 4 bytes at a time, which is slow.
-    if cells_first(activations):
-        stages = 1
+    size = activations.element_size()
     gram = Launch(
         gram_kernel,
         (n * runs,),
@@ -180,21 +174,20 @@ def plan_eigen_cam(activations: Tensor, parts: Tensor, maps: Tensor, center: boo
         {
             "FLAT": flat_cells(activations),
             "CENTER": center,
-            "EXACT": half and _EXACT,
+            "EXACT": size == 2,
             "RUN": _RUN,
             # Matrix products take 16 rows and columns at least.
-            "BLOCK_C": min(max(power_of_two(c), 16), block_c),
+            "BLOCK_C": min(max(power_of_two(c), 16), _PRODUCT_BYTES // size),
             "BLOCK_P": block_p,
         },
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=_WARPS,
     )
     vector = Launch(
         eigenvector_kernel,
         (n,),
         {"parts_ptr": parts, "out_ptr": maps, "P": height * width, "runs": runs},
         {"CENTER": center, "SQUARINGS": _SQUARINGS, "BLOCK_P": block_p},
-        num_warps=_LAST_WARPS,
+        num_warps=_WARPS,
     )
     return [gram, vector]
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from diffcam_kernels.gpu.launch import Launch, ceil_div, device_of, power_of_two, shrunk
 from diffcam_kernels.reference.pictures import MID_GREY
 
-# Most rows of a program, rows and columns of its tile, warps; columns of an overlay are words.
+# Most rows of a program, rows and columns of its tile, warps; columns of an overlay are words. Both
+# are what was fastest on an H200; an overlay takes longer with one warp and with four.
 _HEATMAP = (64, 8, 256, 4)
 _OVERLAY = (64, 8, 64, 2)
 
@@ -229,6 +230,7 @@ def plan_heatmap(maps: Tensor, heatmaps: Tensor) -> Launch:
             "maps_ptr": maps,
             "out_ptr": heatmaps,
             **_sizes(maps, height, width),
+            "W": width,
             "rows": rows,
         },
         {
@@ -253,8 +255,6 @@ def plan_overlay(
     # bytes are aligned.
     group = 4 if words and units % 4 == 0 else 1
     rows = _rows(maps, height, ceil_div(units, block_u), most)
-    sizes = _sizes(maps, height, width)
-    del sizes["W"]
     return Launch(
         overlay_kernel,
         (maps.shape[0] * maps.shape[1], ceil_div(height, rows), ceil_div(units, block_u)),
@@ -264,7 +264,7 @@ def plan_overlay(
             "colours_ptr": colours,
             "out_ptr": overlays,
             "T": maps.shape[1],
-            **sizes,
+            **_sizes(maps, height, width),
             "groups": units // group,
             "rows": rows,
             "share": share,
@@ -289,10 +289,8 @@ def _rows(maps: Tensor, height: int, columns: int, most: int) -> int:
 
 def _sizes(maps: Tensor, height: int, width: int) -> dict[str, float]:
     h, w = maps.shape[2:]
-    return {
-        **{"height": h, "width": w, "H": height, "W": width},
-        **{"scale_h": h / height, "scale_w": w / width},
-    }
+    scales = {"scale_h": h / height, "scale_w": w / width}
+    return {"height": h, "width": w, "H": height, **scales}
 
 
 def _block_p(maps: Tensor) -> int:
