@@ -372,8 +372,8 @@ def test_programs_lie_along_the_axis_that_holds_them_all() -> None:
     g, w = a[:, None], torch.empty(70_000, 1, 3, device="meta")
     maps = torch.empty(70_000, 1, 300, 300, device="meta")
     plans = [pooled_kernel.plan_pooled_cam(a, w, maps, True)]
-    plans += gradient.plan_gradient_cam(a, g, "grad_cam", maps, w, True)
-    plans += gradient.plan_gradient_cam(a, g, "layer_cam", maps, w, True)
+    plans += gradient.plan_gradient_cam(a, g, "grad_cam", maps, True)
+    plans += gradient.plan_gradient_cam(a, g, "layer_cam", maps, True)
     assert all(n < 2**16 for plan in plans for n in plan.grid[1:])
 
 

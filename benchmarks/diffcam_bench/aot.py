@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffcam_bench.compiled import compile_launch
 from diffcam_bench.rows import read_rows
-from diffcam_kernels.gpu import contrast, eigen, gradient, heatmap, pooled, preprocess
+from diffcam_kernels.gpu import contrast, eigen, gradient, heatmap, means, pooled, preprocess
 from diffcam_kernels.gpu.launch import Launch
 
 CAPABILITIES = (80, 90, 100)
@@ -71,9 +71,11 @@ def _operators() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                     yield "pooled_cam", f"{name} T={t}", aligned, [plan]
                 g = _activation(n, c, side, dtype, layout)[:, None]
                 for reduction in [*gradient.CELLWISE, *gradient.WEIGHTED]:
-                    maps, w = _empty(n, 1, side, side), _empty(n, 1, c)
-                    plans = gradient.plan_gradient_cam(a, g, reduction, maps, w, True)
+                    plans = gradient.plan_gradient_cam(
+                        a, g, reduction, _empty(n, 1, side, side), True
+                    )
                     yield f"gradient_cam {reduction}", name, aligned, plans[:1]
+                yield "channel_means", name, aligned, [means.plan_channel_means(a, _empty(n, c))]
                 # Every other row of cells: no two rows follow each other.
                 plan = pooled.plan_pooled_cam(
                     a[:, :, ::2], _empty(n, 1, c), _empty(n, 1, side // 2 + side % 2, side), True

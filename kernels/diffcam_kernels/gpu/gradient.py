@@ -1,22 +1,23 @@
 """gradient_cam: the map of a gradient method from activations and gradients.
 
-A method is one device function in `CELLWISE` or `WEIGHTED`, and nothing else here knows it.
+A method is one device function in `CELLWISE` or a pair in `WEIGHTED`; nothing else here knows it.
 
 - Cellwise, LayerCAM and HiResCAM: what channel c adds to cell p is a function of A[c, p] and
   G[c, p]. One launch: a program owns a block of cells of one image and target and walks over all
-  channels. A and G cross device memory once.
+  channels.
 - Weighted, Grad-CAM, Grad-CAM++ and XGrad-CAM: a channel's weight is known only after all of its
-  cells, w = sum_p numerator / sum_p denominator, so that two launches are needed: the weights,
-  where a program owns a block of channels and walks over all cells, and `pooled_cam`. Grad-CAM
-  still reads A and G once each. The other two read A for the weights and again for the map; images
-  go in runs whose A and G fit in half of the L2 cache, where the second look finds it. They also
-  need sum_p A before their first cell: a program walks twice over a block of channels, which it has
-  just read.
+  cells, but needs no other channel. A program owns a span of channels of one image and target,
+  weighs them, and writes the map of its span; a second launch adds the maps of the spans, in order.
+  One span covers few channels, and then there is one launch.
+
+A and G cross device memory once. Where all cells of a channel fit in a tile, registers hold it
+between the weight and the map. Where they do not, as where 56 x 56 cells lie channels last, a
+program reads its span of A again, and a span is so narrow that the cache still has it.
 
 Programs of further targets of the same cells run side by side and find A in the cache. No atomics.
 
-Bytes: A and G once, the maps once; weighted methods also the weights, twice. FLOP: 2 N T C P, for
-the weighted ones 4 to 10 N T C P.
+Bytes: A and G once, the maps once; weighted methods also a map for each span, twice. FLOP: 2 N T C
+P, for the weighted ones 4 to 10 N T C P.
 """
 
 from dataclasses import dataclass
@@ -33,14 +34,13 @@ from diffcam_kernels.gpu.launch import (
     cells_first,
     device_of,
     flat_cells,
-    image_chunks,
     power_of_two,
     shrunk,
 )
-from diffcam_kernels.gpu.pooled import cell_offsets, plan_pooled_cam, rectified
+from diffcam_kernels.gpu.pooled import cell_offsets, rectified
 
-# Elements of a tile over 128 threads; A, G and the sum of each take 16 registers a thread.
-_TILE = 2048
+# Cells of a channel that registers hold between its weight and its part of the map.
+_KEPT_CELLS = 4096
 
 
 @triton.jit
@@ -53,14 +53,13 @@ def _hires_cam(a, g):
     return g * a
 
 
+CELLWISE = {"layer_cam": _layer_cam, "hires_cam": _hires_cam}
+"""Method -> what a channel adds to a cell, from tiles of A and G."""
+
+
 @triton.jit
 def _grad_cam(a, g, sum_a, cells):
-    return g / cells, tl.zeros_like(g)
-
-
-@triton.jit
-def _xgrad_cam(a, g, sum_a, cells):
-    return tl.where(sum_a == 0, 0.0, g * a), a
+    return g / cells, g
 
 
 @triton.jit
@@ -70,8 +69,24 @@ def _grad_cam_pp(a, g, sum_a, cells):
     return alpha * g, alpha
 
 
-CELLWISE = {"layer_cam": _layer_cam, "hires_cam": _hires_cam}
-"""Method -> what a channel adds to a cell, from tiles of A and G."""
+@triton.jit
+def _xgrad_cam(a, g, sum_a, cells):
+    return g * a, a
+
+
+@triton.jit
+def _numerator(numerator, denominator):
+    return numerator
+
+
+@triton.jit
+def _ratio(numerator, denominator):
+    return numerator / tl.where(denominator == 0, 1.0, denominator)
+
+
+@triton.jit
+def _ratio_or_zero(numerator, denominator):
+    return tl.where(denominator == 0, 0.0, numerator / denominator)
 
 
 @dataclass(frozen=True)
@@ -79,19 +94,21 @@ class Weighted:
     """A method whose channels have a weight each.
 
     Attributes:
-        terms: from tiles of A and G, sum_p A and the number of cells to the numerator and the
-            denominator; a sum of denominators of 0 counts as 1.
+        terms: from tiles of A and G, sum_p A and the number of cells to a numerator and a
+            denominator for each cell.
+        weight: from the sums of both over the cells to the weight.
         needs_sum: `terms` reads sum_p A.
     """
 
     terms: Any
-    needs_sum: bool
+    weight: Any
+    needs_sum: bool = False
 
 
 WEIGHTED = {
-    "grad_cam": Weighted(_grad_cam, needs_sum=False),
-    "grad_cam_pp": Weighted(_grad_cam_pp, needs_sum=True),
-    "xgrad_cam": Weighted(_xgrad_cam, needs_sum=True),
+    "grad_cam": Weighted(_grad_cam, _numerator),
+    "grad_cam_pp": Weighted(_grad_cam_pp, _ratio, needs_sum=True),
+    "xgrad_cam": Weighted(_xgrad_cam, _ratio_or_zero),
 }
 
 
@@ -131,13 +148,20 @@ def cellwise_kernel(
     g_ptrs = g_ptr + pid_n * stride_gn + pid_t * stride_gt + offs_c[:, None] * stride_gc
     g_ptrs += cell_offsets(offs_p, width, stride_gh, stride_gw, FLAT_G)[None, :]
     total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    for start in range(0, C, BLOCK_C):
-        mask = (start + offs_c < C)[:, None] & mask_p[None, :]
-        a = tl.load(a_ptrs, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
-        total += METHOD(a, g)
+    mask = (offs_c < C)[:, None] & mask_p[None, :]
+    a = tl.load(a_ptrs, mask=mask, other=0.0)
+    g = tl.load(g_ptrs, mask=mask, other=0.0)
+    # The next tile is on its way before this one is used: left alone, the assembler puts each load
+    # right before its use, and hardly any are in flight.
+    for start in range(BLOCK_C, C, BLOCK_C):
         a_ptrs += BLOCK_C * stride_ac
         g_ptrs += BLOCK_C * stride_gc
+        mask = (start + offs_c < C)[:, None] & mask_p[None, :]
+        next_a = tl.load(a_ptrs, mask=mask, other=0.0)
+        next_g = tl.load(g_ptrs, mask=mask, other=0.0)
+        total += METHOD(a.to(tl.float32), g.to(tl.float32))
+        a, g = next_a, next_g
+    total += METHOD(a.to(tl.float32), g.to(tl.float32))
     maps = tl.sum(total, axis=0)
     if RELU:
         maps = rectified(maps)
@@ -145,10 +169,10 @@ def cellwise_kernel(
 
 
 @triton.jit
-def gradient_weights_kernel(
+def weighted_kernel(
     a_ptr,  # (N, C, h, w), any strides
     g_ptr,  # (N, T, C, h, w), any strides
-    w_ptr,  # (N, T, C) float32, contiguous
+    out_ptr,  # (N, T, spans, P) float32, contiguous
     T,
     C,
     P,
@@ -162,26 +186,85 @@ def gradient_weights_kernel(
     stride_gc,
     stride_gh,
     stride_gw,
-    METHOD: tl.constexpr,
-    NEEDS_SUM: tl.constexpr,
+    TERMS: tl.constexpr,
+    WEIGHT: tl.constexpr,
     FLAT_A: tl.constexpr,
     FLAT_G: tl.constexpr,
+    RELU: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """This program computes the weights of BLOCK_C channels for one target of one image."""
-    pid, blocks = tl.program_id(0), tl.cdiv(C, BLOCK_C)
-    pid_t, pid_n = (pid % T).to(tl.int64), (pid // T // blocks).to(tl.int64)
-    offs_c = pid // T % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    """This program computes what STEPS blocks of channels add to one map; BLOCK_P holds all P."""
+    pid, spans = tl.program_id(0), tl.cdiv(C, STEPS * BLOCK_C)
+    pid_t, pid_n = (pid % T).to(tl.int64), (pid // T // spans).to(tl.int64)
+    pid_s = pid // T % spans
+    offs_p = tl.arange(0, BLOCK_P)
+    mask_p = offs_p < P
+    a_base = a_ptr + pid_n * stride_an
+    a_base += cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT_A)[None, :]
+    g_base = g_ptr + pid_n * stride_gn + pid_t * stride_gt
+    g_base += cell_offsets(offs_p, width, stride_gh, stride_gw, FLAT_G)[None, :]
+    total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        offs_c = (pid_s * STEPS + step) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask = (offs_c < C)[:, None] & mask_p[None, :]
+        rows = offs_c.to(tl.int64)[:, None]
+        g = tl.load(g_base + rows * stride_gc, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(a_base + rows * stride_ac, mask=mask, other=0.0).to(tl.float32)
+        numerator, denominator = TERMS(a, g, tl.sum(a, axis=1)[:, None], P)
+        w = WEIGHT(tl.sum(numerator, axis=1), tl.sum(denominator, axis=1))
+        total += w[:, None] * a
+    maps = tl.sum(total, axis=0)
+    if RELU:
+        maps = rectified(maps)
+    out_ptr += ((pid_n * T + pid_t) * spans + pid_s) * P
+    tl.store(out_ptr + offs_p, maps, mask=mask_p)
+
+
+@triton.jit
+def weighted_again_kernel(
+    a_ptr,  # (N, C, h, w), any strides
+    g_ptr,  # (N, T, C, h, w), any strides
+    out_ptr,  # (N, T, spans, P) float32, contiguous
+    T,
+    C,
+    P,
+    width,
+    stride_an,
+    stride_ac,
+    stride_ah,
+    stride_aw,
+    stride_gn,
+    stride_gt,
+    stride_gc,
+    stride_gh,
+    stride_gw,
+    TERMS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    NEEDS_SUM: tl.constexpr,
+    FLAT_A: tl.constexpr,
+    FLAT_G: tl.constexpr,
+    RELU: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """This program computes what BLOCK_C channels add to one map, and reads their A again for it."""
+    pid, spans = tl.program_id(0), tl.cdiv(C, BLOCK_C)
+    pid_t, pid_n = (pid % T).to(tl.int64), (pid // T // spans).to(tl.int64)
+    pid_s = pid // T % spans
+    offs_c = pid_s * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    a_rows = a_ptr + pid_n * stride_an + offs_c[:, None].to(tl.int64) * stride_ac
-    g_rows = g_ptr + pid_n * stride_gn + pid_t * stride_gt
-    g_rows += offs_c[:, None].to(tl.int64) * stride_gc
+    rows = offs_c.to(tl.int64)[:, None]
+    a_rows = a_ptr + pid_n * stride_an + rows * stride_ac
+    g_rows = g_ptr + pid_n * stride_gn + pid_t * stride_gt + rows * stride_gc
     # What a method that does not need the sum is given instead; it never reads it.
     sum_a = tl.zeros((BLOCK_C, 1), tl.float32)
     if NEEDS_SUM:
         parts = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-        for start in range(0, P, BLOCK_P):
+        for start in tl.range(0, P, BLOCK_P, num_stages=STAGES):
             offs_p = start + tl.arange(0, BLOCK_P)
             mask = mask_c[:, None] & (offs_p < P)[None, :]
             cells = cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT_A)
@@ -189,47 +272,65 @@ def gradient_weights_kernel(
         sum_a = tl.sum(parts, axis=1)[:, None]
     above = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     below = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    for start in range(0, P, BLOCK_P):
+    for start in tl.range(0, P, BLOCK_P, num_stages=STAGES):
         offs_p = start + tl.arange(0, BLOCK_P)
         mask = mask_c[:, None] & (offs_p < P)[None, :]
         g_cells = cell_offsets(offs_p, width, stride_gh, stride_gw, FLAT_G)
+        a_cells = cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT_A)
         g = tl.load(g_rows + g_cells[None, :], mask=mask, other=0.0).to(tl.float32)
-        if NEEDS_SUM:
-            a_cells = cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT_A)
-            a = tl.load(a_rows + a_cells[None, :], mask=mask, other=0.0).to(tl.float32)
-            numerator, denominator = METHOD(a, g, sum_a, P)
-        else:
-            numerator, denominator = METHOD(g, g, sum_a, P)
+        # The compiler drops what a method does not read.
+        a = tl.load(a_rows + a_cells[None, :], mask=mask, other=0.0).to(tl.float32)
+        numerator, denominator = TERMS(a, g, sum_a, P)
         above += numerator
         below += denominator
-    divisor = tl.sum(below, axis=1)
-    weights = tl.sum(above, axis=1) / tl.where(divisor == 0, 1.0, divisor)
-    tl.store(w_ptr + (pid_n * T + pid_t) * C + offs_c, weights, mask=mask_c)
+    w = WEIGHT(tl.sum(above, axis=1), tl.sum(below, axis=1))
+    out_ptr += ((pid_n * T + pid_t) * spans + pid_s) * P
+    for start in tl.range(0, P, BLOCK_P, num_stages=STAGES):
+        offs_p = start + tl.arange(0, BLOCK_P)
+        mask = mask_c[:, None] & (offs_p < P)[None, :]
+        cells = cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT_A)
+        a = tl.load(a_rows + cells[None, :], mask=mask, other=0.0).to(tl.float32)
+        maps = tl.sum(w[:, None] * a, axis=0)
+        if RELU:
+            maps = rectified(maps)
+        tl.store(out_ptr + offs_p, maps, mask=offs_p < P)
+
+
+@triton.jit
+def sum_spans_kernel(
+    parts_ptr,  # (maps, S, P) float32, contiguous
+    out_ptr,  # (maps, P) float32, contiguous
+    S,
+    P,
+    RELU: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """This program adds the spans of BLOCK_P cells of one map."""
+    pid, blocks = tl.program_id(0), tl.cdiv(P, BLOCK_P)
+    row = (pid // blocks).to(tl.int64)
+    offs_p = pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < P
+    total = tl.zeros((BLOCK_S, BLOCK_P), tl.float32)
+    for start in range(0, S, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        mask = (offs_s < S)[:, None] & mask_p[None, :]
+        rows = parts_ptr + (row * S + offs_s[:, None]) * P
+        total += tl.load(rows + offs_p[None, :], mask=mask, other=0.0)
+    maps = tl.sum(total, axis=0)
+    if RELU:
+        maps = rectified(maps)
+    tl.store(out_ptr + row * P + offs_p, maps, mask=mask_p)
 
 
 def plan_gradient_cam(
-    activations: Tensor,
-    gradients: Tensor,
-    reduction: str,
-    maps: Tensor,
-    weights: Tensor,
-    relu: bool,
+    activations: Tensor, gradients: Tensor, reduction: str, maps: Tensor, relu: bool
 ) -> list[Launch]:
-    """The launches that fill maps (N, T, h, w); weights (N, T, C) is room for those of weighted
-    methods.
-    """
+    """The launches that fill maps (N, T, h, w), with room of their own for the maps of spans."""
     if reduction in CELLWISE:
         return [_plan_cellwise(activations, gradients, reduction, maps, relu)]
-    method, launches = WEIGHTED[reduction], []
-    # Gradients pass through the cache between the two looks at the activations.
-    runs = image_chunks(activations, 1 + gradients.shape[1]) if method.needs_sum else [slice(None)]
-    for run in runs:
-        a, g, w = activations[run], gradients[run], weights[run]
-        launches += [
-            _plan_weights(a, g, method, w),
-            plan_pooled_cam(a, w, maps[run], relu),
-        ]
-    return launches
+    spans, launch = _plan_weighted(activations, gradients, WEIGHTED[reduction], maps, relu)
+    return [launch] if spans == 1 else [launch, _plan_sum(launch.arguments["out_ptr"], maps, relu)]
 
 
 def _plan_cellwise(
@@ -238,12 +339,15 @@ def _plan_cellwise(
     n, c, height, width = activations.shape
     t, p = gradients.shape[1], height * width
     wanted = 2 * device_of(activations).processors
+    warps = 4
     if cells_first(activations):
-        block_p = shrunk(min(power_of_two(p), 64), 16, p, n * t, wanted)
-        block_c = min(power_of_two(c), _TILE // block_p)
+        block_p = shrunk(min(power_of_two(p), 64), 8, p, n * t, wanted)
+        # Fewer programs than processors: all that one of them can have in flight.
+        warps = 4 if n * t * ceil_div(p, block_p) > wanted // 4 else 16
+        block_c = min(power_of_two(c), 512 * warps // block_p)
     else:
-        block_c = min(power_of_two(c), 512)
-        block_p = min(power_of_two(p), _TILE // block_c)
+        block_c = min(power_of_two(c), 2048)
+        block_p = min(power_of_two(p), max(2048 // block_c, 1))
     return Launch(
         cellwise_kernel,
         (t * ceil_div(p, block_p) * n,),
@@ -259,42 +363,90 @@ def _plan_cellwise(
             "RELU": relu,
             **{"BLOCK_C": block_c, "BLOCK_P": block_p},
         },
+        num_warps=warps,
     )
 
 
-def _plan_weights(
-    activations: Tensor, gradients: Tensor, method: Weighted, weights: Tensor
-) -> Launch:
+@dataclass(frozen=True)
+class _Spans:
+    """How a weighted method is cut into programs.
+
+    Attributes:
+        kept: a tile holds all cells of its channels.
+        steps: tiles of a program.
+        block_c: channels of a tile.
+        block_p: cells of a tile.
+        warps: of a program.
+        stages: tiles that are on their way at a time.
+    """
+
+    kept: bool
+    steps: int
+    block_c: int
+    block_p: int
+    warps: int
+    stages: int
+
+
+def _spans(activations: Tensor, gradients: Tensor) -> _Spans:
     n, c, height, width = activations.shape
     t, p = gradients.shape[1], height * width
     wanted = 2 * device_of(activations).processors
-    if cells_first(gradients):
-        block_p = min(power_of_two(p), 256)
-        block_c = shrunk(min(power_of_two(c), _TILE // block_p), 1, c, n * t, wanted)
-    else:
-        block_c = shrunk(min(power_of_two(c), 64), 16, c, n * t, wanted)
-        block_p = min(power_of_two(p), _TILE // block_c)
-    return Launch(
-        gradient_weights_kernel,
-        (t * ceil_div(c, block_c) * n,),
+    padded = power_of_two(p)
+    if cells_first(activations) and padded <= _KEPT_CELLS:
+        block_c = min(power_of_two(c), max(4096 // padded, 1), 64)
+        # The maps of spans are 1 / 32 of what is read, or less, if halves; fewer while programs
+        # are few.
+        most = ceil_div(min(power_of_two(c), 64), block_c)
+        steps = shrunk(most, 1, ceil_div(c, block_c), n * t, wanted)
+        return _Spans(True, steps, block_c, padded, 8, 2 if steps > 1 else 1)
+    run = 128 // activations.element_size()
+    if padded <= 128:
+        return _Spans(True, 1, min(power_of_two(c), run), padded, 8, 1)
+    block_c = shrunk(min(power_of_two(c), run), 16, c, n * t, wanted)
+    return _Spans(False, 1, block_c, min(padded, 4096 // block_c), 8, 3)
+
+
+def _plan_weighted(
+    activations: Tensor, gradients: Tensor, method: Weighted, maps: Tensor, relu: bool
+) -> tuple[int, Launch]:
+    n, c, _, _ = activations.shape
+    t, plan = gradients.shape[1], _spans(activations, gradients)
+    spans = ceil_div(c, plan.steps * plan.block_c)
+    parts = maps if spans == 1 else maps.new_empty((n, t, spans, *maps.shape[2:]))
+    own = {"STEPS": plan.steps} if plan.kept else {"NEEDS_SUM": method.needs_sum}
+    return spans, Launch(
+        weighted_kernel if plan.kept else weighted_again_kernel,
+        (t * spans * n,),
         {
             "a_ptr": activations,
             "g_ptr": gradients,
-            "w_ptr": weights,
+            "out_ptr": parts,
             **_sizes(activations, gradients),
         },
         {
-            "METHOD": method.terms,
-            "NEEDS_SUM": method.needs_sum,
+            "TERMS": method.terms,
+            "WEIGHT": method.weight,
+            **own,
             **_layout(activations, gradients),
-            **{"BLOCK_C": block_c, "BLOCK_P": block_p},
+            "RELU": relu and spans == 1,
+            "STAGES": plan.stages,
+            **{"BLOCK_C": plan.block_c, "BLOCK_P": plan.block_p},
         },
+        num_warps=plan.warps,
     )
 
 
-def plan_channel_means(activations: Tensor, means: Tensor) -> Launch:
-    """The launch that fills the mean of each channel over the cells, (N, C): Grad-CAM's weights."""
-    return _plan_weights(activations, activations[:, None], WEIGHTED["grad_cam"], means)
+def _plan_sum(parts: Tensor, maps: Tensor, relu: bool) -> Launch:
+    n, t, spans, height, width = parts.shape
+    p = height * width
+    block_p = min(power_of_two(p), 64)
+    return Launch(
+        sum_spans_kernel,
+        (n * t * ceil_div(p, block_p),),
+        {"parts_ptr": parts, "out_ptr": maps, "S": spans, "P": p},
+        {"RELU": relu, "BLOCK_S": min(power_of_two(spans), 32), "BLOCK_P": block_p},
+    )
 
 
 def _sizes(activations: Tensor, gradients: Tensor) -> dict[str, int]:
@@ -313,9 +465,8 @@ def _layout(activations: Tensor, gradients: Tensor) -> dict[str, bool]:
 
 def gradient_cam(activations: Tensor, gradients: Tensor, reduction: str, relu: bool) -> Tensor:
     """See `diffcam_kernels.reference.gradient_cam`."""
-    n, t, c = gradients.shape[:3]
-    maps = activations.new_empty((n, t, *activations.shape[2:]), dtype=torch.float32)
-    weights = maps.new_empty((n, t, c if reduction in WEIGHTED else 0))
-    for launch in plan_gradient_cam(activations, gradients, reduction, maps, weights, relu):
+    shape = (*gradients.shape[:2], *activations.shape[2:])
+    maps = activations.new_empty(shape, dtype=torch.float32)
+    for launch in plan_gradient_cam(activations, gradients, reduction, maps, relu):
         launch.run()
     return maps
