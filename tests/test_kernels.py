@@ -134,12 +134,25 @@ def test_half_precision(dtype: torch.dtype, layout: str) -> None:
     check(w, reference.channel_weights(d, weight.double(), 30))
 
 
-def test_more_cells_than_a_tile() -> None:
-    a, g = random(1, 3, 40, 41).relu(), random(1, 1, 3, 40, 41)
+@pytest.mark.parametrize("shape", [(1, 3, 40, 41), (1, 2, 65, 64), (1, 2080, 2, 2)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_cells_than_a_tile_and_many_spans(shape: tuple[int, ...], layout: str) -> None:
+    a, g = random(*shape, layout=layout).relu(), random(1, 1, *shape[1:], layout=layout)
     for reduction in reference.REDUCTIONS:
         expected = reference.gradient_cam(a.double(), g.double(), reduction, False)
         eager = reference.gradient_cam(a, g, reduction, False)
         check(ops.gradient_cam(a, g, reduction, False), expected, eager)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 20, 40, 41)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_channel_means(shape: tuple[int, ...], layout: str) -> None:
+    from diffcam_kernels.gpu.means import plan_channel_means
+
+    a = random(*shape, layout=layout)
+    found = a.new_empty(a.shape[:2])
+    plan_channel_means(a, found).run()
+    check(found, a.double().mean(dim=(2, 3)), a.mean(dim=(2, 3)))
 
 
 def test_runs_of_images_that_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

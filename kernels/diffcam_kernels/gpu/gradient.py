@@ -59,7 +59,7 @@ CELLWISE = {"layer_cam": _layer_cam, "hires_cam": _hires_cam}
 
 @triton.jit
 def _grad_cam(a, g, sum_a, cells):
-    return g / cells, g
+    return g * (1.0 / cells), g
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def _ratio(numerator, denominator):
 
 @triton.jit
 def _ratio_or_zero(numerator, denominator):
-    return tl.where(denominator == 0, 0.0, numerator / denominator)
+    return _ratio(tl.where(denominator == 0, 0.0, numerator), denominator)
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def weighted_again_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """This program computes what BLOCK_C channels add to one map, and reads their A again for it."""
+    """This program computes what BLOCK_C channels add to one map, and reads A again for it."""
     pid, spans = tl.program_id(0), tl.cdiv(C, BLOCK_C)
     pid_t, pid_n = (pid % T).to(tl.int64), (pid // T // spans).to(tl.int64)
     pid_s = pid // T % spans
@@ -341,7 +341,7 @@ def _plan_cellwise(
     wanted = 2 * device_of(activations).processors
     warps = 4
     if cells_first(activations):
-        block_p = shrunk(min(power_of_two(p), 64), 8, p, n * t, wanted)
+        block_p = shrunk(min(power_of_two(p), 64), 16, p, n * t, wanted)
         # Fewer programs than processors: all that one of them can have in flight.
         warps = 4 if n * t * ceil_div(p, block_p) > wanted // 4 else 16
         block_c = min(power_of_two(c), 512 * warps // block_p)
@@ -404,7 +404,7 @@ def _spans(activations: Tensor, gradients: Tensor) -> _Spans:
     if padded <= 128:
         return _Spans(True, 1, min(power_of_two(c), run), padded, 8, 1)
     block_c = shrunk(min(power_of_two(c), run), 16, c, n * t, wanted)
-    return _Spans(False, 1, block_c, min(padded, 4096 // block_c), 8, 3)
+    return _Spans(False, 1, block_c, min(padded, 2048 // block_c), 8, 3)
 
 
 def _plan_weighted(

@@ -33,23 +33,25 @@ def channel_means_kernel(
     stride_ah,
     stride_aw,
     FLAT: tl.constexpr,
+    STEPS: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """This program computes the means of BLOCK_C channels of one image."""
+    """This program computes the means of BLOCK_C channels of one image; STEPS tiles hold all P."""
     pid, blocks = tl.program_id(0), tl.cdiv(C, BLOCK_C)
     pid_n = (pid // blocks).to(tl.int64)
     offs_c = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     rows = a_ptr + pid_n * stride_an + offs_c[:, None].to(tl.int64) * stride_ac
     total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    for start in tl.range(0, P, BLOCK_P, num_stages=STAGES):
-        offs_p = start + tl.arange(0, BLOCK_P)
+    # A constant number of steps: a loop of one step is none, and all its loads are in flight.
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        offs_p = step * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = mask_c[:, None] & (offs_p < P)[None, :]
         cells = cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT)
-        # Divided first, so that a sum of large values stays finite, as a mean does.
-        total += tl.load(rows + cells[None, :], mask=mask, other=0.0).to(tl.float32) / P
+        # Scaled first, so that a sum of large values stays finite, as a mean does.
+        total += tl.load(rows + cells[None, :], mask=mask, other=0.0).to(tl.float32) * (1.0 / P)
     tl.store(out_ptr + pid_n * C + offs_c, tl.sum(total, axis=1), mask=mask_c)
 
 
@@ -76,6 +78,7 @@ def plan_channel_means(activations: Tensor, means: Tensor) -> Launch:
         },
         {
             "FLAT": flat_cells(activations),
+            "STEPS": ceil_div(p, block_p),
             "STAGES": 3 if block_p < p else 1,
             **{"BLOCK_C": block_c, "BLOCK_P": block_p},
         },
