@@ -38,6 +38,7 @@ from diffcam_kernels.gpu.launch import (
     shrunk,
 )
 from diffcam_kernels.gpu.pooled import cell_offsets, rectified
+from diffcam_kernels.gpu.spans import plan_sum_spans
 
 # Cells of a channel that registers hold between its weight and its part of the map.
 _KEPT_CELLS = 4096
@@ -296,33 +297,6 @@ def weighted_again_kernel(
         tl.store(out_ptr + offs_p, maps, mask=offs_p < P)
 
 
-@triton.jit
-def sum_spans_kernel(
-    parts_ptr,  # (maps, S, P) float32, contiguous
-    out_ptr,  # (maps, P) float32, contiguous
-    S,
-    P,
-    RELU: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """This program adds the spans of BLOCK_P cells of one map."""
-    pid, blocks = tl.program_id(0), tl.cdiv(P, BLOCK_P)
-    row = (pid // blocks).to(tl.int64)
-    offs_p = pid % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask_p = offs_p < P
-    total = tl.zeros((BLOCK_S, BLOCK_P), tl.float32)
-    for start in range(0, S, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        mask = (offs_s < S)[:, None] & mask_p[None, :]
-        rows = parts_ptr + (row * S + offs_s[:, None]) * P
-        total += tl.load(rows + offs_p[None, :], mask=mask, other=0.0)
-    maps = tl.sum(total, axis=0)
-    if RELU:
-        maps = rectified(maps)
-    tl.store(out_ptr + row * P + offs_p, maps, mask=mask_p)
-
-
 def plan_gradient_cam(
     activations: Tensor, gradients: Tensor, reduction: str, maps: Tensor, relu: bool
 ) -> list[Launch]:
@@ -330,7 +304,9 @@ def plan_gradient_cam(
     if reduction in CELLWISE:
         return [_plan_cellwise(activations, gradients, reduction, maps, relu)]
     spans, launch = _plan_weighted(activations, gradients, WEIGHTED[reduction], maps, relu)
-    return [launch] if spans == 1 else [launch, _plan_sum(launch.arguments["out_ptr"], maps, relu)]
+    if spans == 1:
+        return [launch]
+    return [launch, plan_sum_spans(launch.arguments["out_ptr"], maps, relu)]
 
 
 def _plan_cellwise(
@@ -434,18 +410,6 @@ def _plan_weighted(
             **{"BLOCK_C": plan.block_c, "BLOCK_P": plan.block_p},
         },
         num_warps=plan.warps,
-    )
-
-
-def _plan_sum(parts: Tensor, maps: Tensor, relu: bool) -> Launch:
-    n, t, spans, height, width = parts.shape
-    p = height * width
-    block_p = min(power_of_two(p), 64)
-    return Launch(
-        sum_spans_kernel,
-        (n * t * ceil_div(p, block_p),),
-        {"parts_ptr": parts, "out_ptr": maps, "S": spans, "P": p},
-        {"RELU": relu, "BLOCK_S": min(power_of_two(spans), 32), "BLOCK_P": block_p},
     )
 
 
