@@ -3,12 +3,13 @@
 A method is one device function in `CELLWISE` or a pair in `WEIGHTED`; nothing else here knows it.
 
 - Cellwise, LayerCAM and HiResCAM: what channel c adds to cell p is a function of A[c, p] and
-  G[c, p]. One launch: a program owns a block of cells of one image and target and walks over all
-  channels.
+  G[c, p]. A program owns a block of cells of one image and target and walks over all channels; or,
+  where such programs are too few for the device, over a span of them.
 - Weighted, Grad-CAM, Grad-CAM++ and XGrad-CAM: a channel's weight is known only after all of its
   cells, but needs no other channel. A program owns a span of channels of one image and target,
-  weighs them, and writes the map of its span; a second launch adds the maps of the spans, in order.
-  One span covers few channels, and then there is one launch.
+  weighs them, and writes the map of its span.
+
+A second launch adds the maps of spans, in order; where one span holds all channels, there is none.
 
 A and G cross device memory once. Where all cells of a channel fit in a tile, registers hold it
 between the weight and the map. Where they do not, as where 56 x 56 cells lie channels last, a
@@ -42,6 +43,8 @@ from diffcam_kernels.gpu.spans import plan_sum_spans
 
 # Cells of a channel that registers hold between its weight and its part of the map.
 _KEPT_CELLS = 4096
+# Values of a tile: 32 for each of 128 threads, or 16 for each of 256.
+_TILE = 4096
 
 
 @triton.jit
@@ -98,18 +101,20 @@ class Weighted:
         terms: from tiles of A and G, sum_p A and the number of cells to a numerator and a
             denominator for each cell.
         weight: from the sums of both over the cells to the weight.
+        reads_a: `terms` reads A too, so that more of a tile is held at a time.
         needs_sum: `terms` reads sum_p A.
     """
 
     terms: Any
     weight: Any
+    reads_a: bool = False
     needs_sum: bool = False
 
 
 WEIGHTED = {
     "grad_cam": Weighted(_grad_cam, _numerator),
-    "grad_cam_pp": Weighted(_grad_cam_pp, _ratio, needs_sum=True),
-    "xgrad_cam": Weighted(_xgrad_cam, _ratio_or_zero),
+    "grad_cam_pp": Weighted(_grad_cam_pp, _ratio, reads_a=True, needs_sum=True),
+    "xgrad_cam": Weighted(_xgrad_cam, _ratio_or_zero, reads_a=True),
 }
 
 
@@ -117,7 +122,7 @@ WEIGHTED = {
 def cellwise_kernel(
     a_ptr,  # (N, C, h, w), any strides
     g_ptr,  # (N, T, C, h, w), any strides
-    out_ptr,  # (N, T, P) float32, contiguous
+    out_ptr,  # (N, T, spans, P) float32, contiguous
     T,
     C,
     P,
@@ -135,18 +140,22 @@ def cellwise_kernel(
     FLAT_A: tl.constexpr,
     FLAT_G: tl.constexpr,
     RELU: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """This program computes BLOCK_P cells of one map."""
-    pid, blocks = tl.program_id(0), tl.cdiv(P, BLOCK_P)
-    pid_t, pid_n = (pid % T).to(tl.int64), (pid // T // blocks).to(tl.int64)
+    """This program computes what STEPS blocks of channels add to BLOCK_P cells of one map."""
+    # Targets are next to each other, then blocks of cells, then spans.
+    pid, blocks, spans = tl.program_id(0), tl.cdiv(P, BLOCK_P), tl.cdiv(C, STEPS * BLOCK_C)
+    pid_t, pid_n = (pid % T).to(tl.int64), (pid // T // blocks // spans).to(tl.int64)
+    pid_s = pid // T // blocks % spans
     offs_p = pid // T % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    offs_c = tl.arange(0, BLOCK_C)
+    offs_c = pid_s * STEPS * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_p = offs_p < P
-    a_ptrs = a_ptr + pid_n * stride_an + offs_c[:, None] * stride_ac
+    rows = offs_c[:, None].to(tl.int64)
+    a_ptrs = a_ptr + pid_n * stride_an + rows * stride_ac
     a_ptrs += cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT_A)[None, :]
-    g_ptrs = g_ptr + pid_n * stride_gn + pid_t * stride_gt + offs_c[:, None] * stride_gc
+    g_ptrs = g_ptr + pid_n * stride_gn + pid_t * stride_gt + rows * stride_gc
     g_ptrs += cell_offsets(offs_p, width, stride_gh, stride_gw, FLAT_G)[None, :]
     total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     mask = (offs_c < C)[:, None] & mask_p[None, :]
@@ -154,10 +163,10 @@ def cellwise_kernel(
     g = tl.load(g_ptrs, mask=mask, other=0.0)
     # The next tile is on its way before this one is used: left alone, the assembler puts each load
     # right before its use, and hardly any are in flight.
-    for start in range(BLOCK_C, C, BLOCK_C):
+    for step in range(1, STEPS):
         a_ptrs += BLOCK_C * stride_ac
         g_ptrs += BLOCK_C * stride_gc
-        mask = (start + offs_c < C)[:, None] & mask_p[None, :]
+        mask = (step * BLOCK_C + offs_c < C)[:, None] & mask_p[None, :]
         next_a = tl.load(a_ptrs, mask=mask, other=0.0)
         next_g = tl.load(g_ptrs, mask=mask, other=0.0)
         total += METHOD(a.to(tl.float32), g.to(tl.float32))
@@ -166,7 +175,8 @@ def cellwise_kernel(
     maps = tl.sum(total, axis=0)
     if RELU:
         maps = rectified(maps)
-    tl.store(out_ptr + (pid_n * T + pid_t) * P + offs_p, maps, mask=mask_p)
+    out_ptr += ((pid_n * T + pid_t) * spans + pid_s) * P
+    tl.store(out_ptr + offs_p, maps, mask=mask_p)
 
 
 @triton.jit
@@ -302,98 +312,22 @@ def plan_gradient_cam(
 ) -> list[Launch]:
     """The launches that fill maps (N, T, h, w), with room of their own for the maps of spans."""
     if reduction in CELLWISE:
-        return [_plan_cellwise(activations, gradients, reduction, maps, relu)]
-    spans, launch = _plan_weighted(activations, gradients, WEIGHTED[reduction], maps, relu)
-    if spans == 1:
-        return [launch]
-    return [launch, plan_sum_spans(launch.arguments["out_ptr"], maps, relu)]
-
-
-def _plan_cellwise(
-    activations: Tensor, gradients: Tensor, reduction: str, maps: Tensor, relu: bool
-) -> Launch:
-    n, c, height, width = activations.shape
-    t, p = gradients.shape[1], height * width
-    wanted = 2 * device_of(activations).processors
-    warps = 4
-    if cells_first(activations):
-        block_p = shrunk(min(power_of_two(p), 64), 16, p, n * t, wanted)
-        # Fewer programs than processors: all that one of them can have in flight.
-        warps = 4 if n * t * ceil_div(p, block_p) > wanted // 4 else 16
-        block_c = min(power_of_two(c), 512 * warps // block_p)
+        plan = _plan_cellwise(activations, gradients)
+        kernel = cellwise_kernel
+        own = {"METHOD": CELLWISE[reduction], "STEPS": plan.steps}
     else:
-        block_c = min(power_of_two(c), 2048)
-        block_p = min(power_of_two(p), max(2048 // block_c, 1))
-    return Launch(
-        cellwise_kernel,
-        (t * ceil_div(p, block_p) * n,),
-        {
-            "a_ptr": activations,
-            "g_ptr": gradients,
-            "out_ptr": maps,
-            **_sizes(activations, gradients),
-        },
-        {
-            "METHOD": CELLWISE[reduction],
-            **_layout(activations, gradients),
-            "RELU": relu,
-            **{"BLOCK_C": block_c, "BLOCK_P": block_p},
-        },
-        num_warps=warps,
-    )
-
-
-@dataclass(frozen=True)
-class _Spans:
-    """How a weighted method is cut into programs.
-
-    Attributes:
-        kept: a tile holds all cells of its channels.
-        steps: tiles of a program.
-        block_c: channels of a tile.
-        block_p: cells of a tile.
-        warps: of a program.
-        stages: tiles that are on their way at a time.
-    """
-
-    kept: bool
-    steps: int
-    block_c: int
-    block_p: int
-    warps: int
-    stages: int
-
-
-def _spans(activations: Tensor, gradients: Tensor) -> _Spans:
+        method = WEIGHTED[reduction]
+        plan = _plan_weighted(activations, gradients, method)
+        kernel = weighted_kernel if plan.kept else weighted_again_kernel
+        own = {"TERMS": method.terms, "WEIGHT": method.weight, "STAGES": plan.stages}
+        own |= {"STEPS": plan.steps} if plan.kept else {"NEEDS_SUM": method.needs_sum}
     n, c, height, width = activations.shape
-    t, p = gradients.shape[1], height * width
-    wanted = 2 * device_of(activations).processors
-    padded = power_of_two(p)
-    if cells_first(activations) and padded <= _KEPT_CELLS:
-        block_c = min(power_of_two(c), max(4096 // padded, 1), 64)
-        # The maps of spans are 1 / 32 of what is read, or less, if halves; fewer while programs
-        # are few.
-        most = ceil_div(min(power_of_two(c), 64), block_c)
-        steps = shrunk(most, 1, ceil_div(c, block_c), n * t, wanted)
-        return _Spans(True, steps, block_c, padded, 8, 2 if steps > 1 else 1)
-    run = 128 // activations.element_size()
-    if padded <= 128:
-        return _Spans(True, 1, min(power_of_two(c), run), padded, 8, 1)
-    block_c = shrunk(min(power_of_two(c), run), 16, c, n * t, wanted)
-    return _Spans(False, 1, block_c, min(padded, 2048 // block_c), 8, 3)
-
-
-def _plan_weighted(
-    activations: Tensor, gradients: Tensor, method: Weighted, maps: Tensor, relu: bool
-) -> tuple[int, Launch]:
-    n, c, _, _ = activations.shape
-    t, plan = gradients.shape[1], _spans(activations, gradients)
-    spans = ceil_div(c, plan.steps * plan.block_c)
-    parts = maps if spans == 1 else maps.new_empty((n, t, spans, *maps.shape[2:]))
-    own = {"STEPS": plan.steps} if plan.kept else {"NEEDS_SUM": method.needs_sum}
-    return spans, Launch(
-        weighted_kernel if plan.kept else weighted_again_kernel,
-        (t * spans * n,),
+    t, spans = gradients.shape[1], ceil_div(c, plan.steps * plan.block_c)
+    blocks = ceil_div(height * width, plan.block_p) if reduction in CELLWISE else 1
+    parts = maps if spans == 1 else maps.new_empty((n, t, spans, height, width))
+    launch = Launch(
+        kernel,
+        (t * blocks * spans * n,),
         {
             "a_ptr": activations,
             "g_ptr": gradients,
@@ -401,16 +335,88 @@ def _plan_weighted(
             **_sizes(activations, gradients),
         },
         {
-            "TERMS": method.terms,
-            "WEIGHT": method.weight,
             **own,
             **_layout(activations, gradients),
             "RELU": relu and spans == 1,
-            "STAGES": plan.stages,
             **{"BLOCK_C": plan.block_c, "BLOCK_P": plan.block_p},
         },
         num_warps=plan.warps,
     )
+    return [launch] if spans == 1 else [launch, plan_sum_spans(parts, maps, relu)]
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """How a map is cut into programs.
+
+    Attributes:
+        steps: tiles of a program, along the channels.
+        block_c: channels of a tile.
+        block_p: cells of a tile.
+        warps: of a program.
+        kept: a tile holds all cells of its channels; for weighted methods.
+        stages: tiles that are on their way at a time.
+    """
+
+    steps: int
+    block_c: int
+    block_p: int
+    warps: int
+    kept: bool = True
+    stages: int = 1
+
+
+def _plan_cellwise(activations: Tensor, gradients: Tensor) -> _Spans:
+    n, c, height, width = activations.shape
+    t, p = gradients.shape[1], height * width
+    wanted = 2 * device_of(activations).processors
+    if not cells_first(activations):
+        # Whole runs of channels; a few cells for each program, so that there are many programs.
+        block_c = min(power_of_two(c), 2048)
+        block_p = min(power_of_two(p), max(2048 // block_c, 1))
+        return _Spans(ceil_div(c, block_c), block_c, block_p, 4)
+    # Short rows are cut in two: twice the programs, and the other half of a row runs beside it.
+    block_p = min(power_of_two(p), 32 if p <= 64 else 64)
+    block_c = min(power_of_two(c), 2048 // block_p)
+    # All channels, or a part of them while programs are too few.
+    others = n * t * ceil_div(p, block_p)
+    steps = shrunk(power_of_two(ceil_div(c, block_c)), 1, ceil_div(c, block_c), others, wanted)
+    return _Spans(steps, block_c, block_p, 4)
+
+
+def _plan_weighted(activations: Tensor, gradients: Tensor, method: Weighted) -> _Spans:
+    n, c, height, width = activations.shape
+    maps, padded = n * gradients.shape[1], power_of_two(height * width)
+    if cells_first(activations) and padded <= _KEPT_CELLS:
+        return _whole_rows(activations, maps, padded, method)
+    channels = power_of_two(c)
+    programs = maps * ceil_div(c, 8)
+    if 128 < padded <= _KEPT_CELLS and programs < device_of(activations).processors:
+        # Hardly a program: each has all of its loads in flight at once, though runs are short.
+        block_c = min(channels, 4)
+        return _Spans(1, block_c, padded, max(4, block_c * padded // 512))
+    # Registers hold 32 values of A for each thread, and G beside it where both are read at once;
+    # more cells leave only short runs of channels, for which reading A again is the lesser evil.
+    if padded <= (1024 if method.reads_a else 128):
+        block_c = min(channels, 32 if method.reads_a else 64, 4 * _TILE // padded)
+        return _Spans(1, block_c, padded, max(4, block_c * padded // 1024))
+    block_c = min(channels, 32 if method.reads_a else 64)
+    return _Spans(1, block_c, min(padded, 4096 // block_c), 8, kept=False, stages=3)
+
+
+def _whole_rows(activations: Tensor, maps: int, padded: int, method: Weighted) -> _Spans:
+    c = activations.shape[1]
+    wanted = 2 * device_of(activations).processors
+    if padded <= 64 and method.reads_a:
+        # Smaller tiles: three sums over the cells of a tile take more registers than one.
+        return _Spans(1, min(power_of_two(c), 32), padded, 4)
+    block_c = min(power_of_two(c), max(_TILE // padded, 1), 64)
+    # The maps of spans are 1 / 32 of what is read, or less, if halves; fewer while programs
+    # are few, but a span for each channel makes a long sum.
+    most = ceil_div(min(power_of_two(c), 64), block_c)
+    steps = shrunk(most, min(most, 4), ceil_div(c, block_c), maps, wanted)
+    stages = 1 if steps == 1 else 3 if padded <= 1024 else 2
+    return _Spans(steps, block_c, padded, 8, stages=stages)
 
 
 def _sizes(activations: Tensor, gradients: Tensor) -> dict[str, int]:
