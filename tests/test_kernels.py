@@ -134,7 +134,9 @@ def test_half_precision(dtype: torch.dtype, layout: str) -> None:
     check(w, reference.channel_weights(d, weight.double(), 30))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 40, 41), (1, 2, 65, 64), (1, 2080, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 40, 41), (1, 2, 65, 64), (1, 2080, 2, 2), (17, 130, 3, 3)]
+)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_more_cells_than_a_tile_and_many_spans(shape: tuple[int, ...], layout: str) -> None:
     a, g = random(*shape, layout=layout).relu(), random(1, 1, *shape[1:], layout=layout)

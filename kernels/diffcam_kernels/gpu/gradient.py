@@ -201,6 +201,7 @@ def weighted_kernel(
     WEIGHT: tl.constexpr,
     FLAT_A: tl.constexpr,
     FLAT_G: tl.constexpr,
+    DENSE: tl.constexpr,
     RELU: tl.constexpr,
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -213,17 +214,24 @@ def weighted_kernel(
     pid_s = pid // T % spans
     offs_p = tl.arange(0, BLOCK_P)
     mask_p = offs_p < P
-    a_base = a_ptr + pid_n * stride_an
-    a_base += cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT_A)[None, :]
-    g_base = g_ptr + pid_n * stride_gn + pid_t * stride_gt
-    g_base += cell_offsets(offs_p, width, stride_gh, stride_gw, FLAT_G)[None, :]
+    a_image = a_ptr + pid_n * stride_an
+    a_base = a_image + cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT_A)[None, :]
+    g_image = g_ptr + pid_n * stride_gn + pid_t * stride_gt
+    g_base = g_image + cell_offsets(offs_p, width, stride_gh, stride_gw, FLAT_G)[None, :]
     total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         offs_c = (pid_s * STEPS + step) * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = (offs_c < C)[:, None] & mask_p[None, :]
         rows = offs_c.to(tl.int64)[:, None]
-        g = tl.load(g_base + rows * stride_gc, mask=mask, other=0.0).to(tl.float32)
-        a = tl.load(a_base + rows * stride_ac, mask=mask, other=0.0).to(tl.float32)
+        if DENSE:
+            first = (pid_s * STEPS + step) * BLOCK_C
+            g = dense_run(g_image, first, C, P, DENSE, BLOCK_C)
+            g = tile_of_run(g, P, BLOCK_C, BLOCK_P).to(tl.float32)
+            a = dense_run(a_image, first, C, P, DENSE, BLOCK_C)
+            a = tile_of_run(a, P, BLOCK_C, BLOCK_P).to(tl.float32)
+        else:
+            g = tl.load(g_base + rows * stride_gc, mask=mask, other=0.0).to(tl.float32)
+            a = tl.load(a_base + rows * stride_ac, mask=mask, other=0.0).to(tl.float32)
         numerator, denominator = TERMS(a, g, tl.sum(a, axis=1)[:, None], P)
         w = WEIGHT(tl.sum(numerator, axis=1), tl.sum(denominator, axis=1))
         total += w[:, None] * a
@@ -232,6 +240,71 @@ def weighted_kernel(
         maps = rectified(maps)
     out_ptr += ((pid_n * T + pid_t) * spans + pid_s) * P
     tl.store(out_ptr + offs_p, maps, mask=mask_p)
+
+
+@triton.jit
+def cellwise_dense_kernel(
+    a_ptr,  # (N, C, h, w), images without gaps
+    g_ptr,  # (N, T, C, h, w), the same
+    out_ptr,  # (N, T, spans, P) float32, contiguous
+    T,
+    C,
+    P,
+    stride_an,
+    stride_gn,
+    stride_gt,
+    METHOD: tl.constexpr,
+    RELU: tl.constexpr,
+    STEPS: tl.constexpr,
+    DENSE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """This program computes what STEPS blocks of channels add to one map; BLOCK_P holds all P."""
+    pid, spans = tl.program_id(0), tl.cdiv(C, STEPS * BLOCK_C)
+    pid_t, pid_n = (pid % T).to(tl.int64), (pid // T // spans).to(tl.int64)
+    pid_s = pid // T % spans
+    a_image = a_ptr + pid_n * stride_an
+    g_image = g_ptr + pid_n * stride_gn + pid_t * stride_gt
+    first = pid_s * STEPS * BLOCK_C
+    # A place in a run is the same channel of its block and the same cell in every step.
+    total = tl.zeros((DENSE,), tl.float32)
+    a = dense_run(a_image, first, C, P, DENSE, BLOCK_C)
+    g = dense_run(g_image, first, C, P, DENSE, BLOCK_C)
+    # The next run is on its way before this one is used, as above.
+    for step in range(1, STEPS):
+        next_a = dense_run(a_image, first + step * BLOCK_C, C, P, DENSE, BLOCK_C)
+        next_g = dense_run(g_image, first + step * BLOCK_C, C, P, DENSE, BLOCK_C)
+        total += METHOD(a.to(tl.float32), g.to(tl.float32))
+        a, g = next_a, next_g
+    total += METHOD(a.to(tl.float32), g.to(tl.float32))
+    maps = tl.sum(tile_of_run(total, P, BLOCK_C, BLOCK_P), axis=0)
+    if RELU:
+        maps = rectified(maps)
+    offs_p = tl.arange(0, BLOCK_P)
+    out_ptr += ((pid_n * T + pid_t) * spans + pid_s) * P
+    tl.store(out_ptr + offs_p, maps, mask=offs_p < P)
+
+
+@triton.jit
+def dense_run(image_ptr, first, C, P, RUN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels first to first + BLOCK_C of an image (C, P) without gaps, as one run of memory.
+
+    Rows of an odd number of cells begin anywhere; a run of 16 of them, at a multiple of 16 bytes.
+    """
+    offs = tl.arange(0, RUN)
+    mask = (offs < BLOCK_C * P) & (first * P + offs < C * P)
+    return tl.load(image_ptr + first * P + offs, mask=mask, other=0.0)
+
+
+@triton.jit
+def tile_of_run(run, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The run as a tile (BLOCK_C, BLOCK_P), 0 beyond P."""
+    # Neighbouring threads take channels, so that few of them share the sums over cells.
+    offs_p, offs_c = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    index = tl.where(offs_p < P, offs_c * P + offs_p, 0)
+    tile = tl.gather(run, tl.reshape(index, (BLOCK_P * BLOCK_C,)), 0)
+    return tl.trans(tl.where(offs_p < P, tl.reshape(tile, (BLOCK_P, BLOCK_C)), 0.0))
 
 
 @triton.jit
@@ -311,32 +384,35 @@ def plan_gradient_cam(
     activations: Tensor, gradients: Tensor, reduction: str, maps: Tensor, relu: bool
 ) -> list[Launch]:
     """The launches that fill maps (N, T, h, w), with room of their own for the maps of spans."""
+    n, c, height, width = activations.shape
+    t, blocks = gradients.shape[1], 1
+    sizes = _sizes(activations, gradients)
+    layout = {"FLAT_A": flat_cells(activations), "FLAT_G": flat_cells(gradients)}
     if reduction in CELLWISE:
         plan = _plan_cellwise(activations, gradients)
-        kernel = cellwise_kernel
         own = {"METHOD": CELLWISE[reduction], "STEPS": plan.steps}
+        kernel, blocks = cellwise_kernel, ceil_div(height * width, plan.block_p)
+        if plan.dense:
+            kernel, own["DENSE"], layout = cellwise_dense_kernel, plan.dense, {}
+            needed = ("T", "C", "P", "stride_an", "stride_gn", "stride_gt")
+            sizes = {name: sizes[name] for name in needed}
     else:
         method = WEIGHTED[reduction]
         plan = _plan_weighted(activations, gradients, method)
-        kernel = weighted_kernel if plan.kept else weighted_again_kernel
         own = {"TERMS": method.terms, "WEIGHT": method.weight, "STAGES": plan.stages}
-        own |= {"STEPS": plan.steps} if plan.kept else {"NEEDS_SUM": method.needs_sum}
-    n, c, height, width = activations.shape
-    t, spans = gradients.shape[1], ceil_div(c, plan.steps * plan.block_c)
-    blocks = ceil_div(height * width, plan.block_p) if reduction in CELLWISE else 1
+        if plan.kept:
+            kernel, own = weighted_kernel, {**own, "STEPS": plan.steps, "DENSE": plan.dense}
+        else:
+            kernel, own = weighted_again_kernel, {**own, "NEEDS_SUM": method.needs_sum}
+    spans = ceil_div(c, plan.steps * plan.block_c)
     parts = maps if spans == 1 else maps.new_empty((n, t, spans, height, width))
     launch = Launch(
         kernel,
         (t * blocks * spans * n,),
-        {
-            "a_ptr": activations,
-            "g_ptr": gradients,
-            "out_ptr": parts,
-            **_sizes(activations, gradients),
-        },
+        {"a_ptr": activations, "g_ptr": gradients, "out_ptr": parts, **sizes},
         {
             **own,
-            **_layout(activations, gradients),
+            **layout,
             "RELU": relu and spans == 1,
             **{"BLOCK_C": plan.block_c, "BLOCK_P": plan.block_p},
         },
@@ -355,6 +431,8 @@ class _Spans:
         block_p: cells of a tile.
         warps: of a program.
         kept: a tile holds all cells of its channels; for weighted methods.
+        dense: values of a run of memory that holds a tile; 0 where a tile is no run, or is better
+            read by rows.
         stages: tiles that are on their way at a time.
     """
 
@@ -364,6 +442,7 @@ class _Spans:
     warps: int
     kept: bool = True
     stages: int = 1
+    dense: int = 0
 
 
 def _plan_cellwise(activations: Tensor, gradients: Tensor) -> _Spans:
@@ -375,6 +454,12 @@ def _plan_cellwise(activations: Tensor, gradients: Tensor) -> _Spans:
         block_c = min(power_of_two(c), 2048)
         block_p = min(power_of_two(p), max(2048 // block_c, 1))
         return _Spans(ceil_div(c, block_c), block_c, block_p, 4)
+    run = _run(activations, gradients, 64)
+    if run:
+        block_c = min(power_of_two(c), 64)
+        blocks = ceil_div(c, block_c)
+        steps = shrunk(power_of_two(blocks), 1, blocks, n * t, 2 * wanted)
+        return _Spans(steps, block_c, power_of_two(p), 4, dense=run)
     # Short rows are cut in two: twice the programs, and the other half of a row runs beside it.
     block_p = min(power_of_two(p), 32 if p <= 64 else 64)
     block_c = min(power_of_two(c), 2048 // block_p)
@@ -388,6 +473,10 @@ def _plan_weighted(activations: Tensor, gradients: Tensor, method: Weighted) -> 
     n, c, height, width = activations.shape
     maps, padded = n * gradients.shape[1], power_of_two(height * width)
     if cells_first(activations) and padded <= _KEPT_CELLS:
+        block_c = min(power_of_two(c), 32 if method.reads_a else 64)
+        run = _run(activations, gradients, block_c)
+        if run:
+            return _Spans(1, block_c, padded, 4, dense=run)
         return _whole_rows(activations, maps, padded, method)
     channels = power_of_two(c)
     programs = maps * ceil_div(c, 8)
@@ -402,6 +491,19 @@ def _plan_weighted(activations: Tensor, gradients: Tensor, method: Weighted) -> 
         return _Spans(1, block_c, padded, max(4, block_c * padded // 1024))
     block_c = min(channels, 32 if method.reads_a else 64)
     return _Spans(1, block_c, min(padded, 4096 // block_c), 8, kept=False, stages=3)
+
+
+def _run(activations: Tensor, gradients: Tensor, block_c: int) -> int:
+    """The power of two that holds a block of channels as one run of memory; 0 for none.
+
+    For short rows that are no multiple of 16 bytes: lanes would read them value by value.
+    """
+    channels, height, width = activations.shape[-3:]
+    p = height * width
+    without_gaps = all(x.stride()[-3:] == (p, width, 1) for x in (activations, gradients))
+    if not without_gaps or p > 64 or p * activations.element_size() % 16 == 0:
+        return 0
+    return power_of_two(min(power_of_two(channels), block_c) * p)
 
 
 def _whole_rows(activations: Tensor, maps: int, padded: int, method: Weighted) -> _Spans:
@@ -427,10 +529,6 @@ def _sizes(activations: Tensor, gradients: Tensor) -> dict[str, int]:
         **{"T": gradients.shape[1], "C": c, "P": height * width, "width": width},
         **{f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)},
     }
-
-
-def _layout(activations: Tensor, gradients: Tensor) -> dict[str, bool]:
-    return {"FLAT_A": flat_cells(activations), "FLAT_G": flat_cells(gradients)}
 
 
 def gradient_cam(activations: Tensor, gradients: Tensor, reduction: str, relu: bool) -> Tensor:

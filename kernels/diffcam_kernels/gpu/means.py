@@ -60,12 +60,16 @@ def plan_channel_means(activations: Tensor, means: Tensor) -> Launch:
     n, c, height, width = activations.shape
     p = height * width
     wanted = 2 * device_of(activations).processors
+    warps, stages = 8, 3
     if cells_first(activations):
         block_p = min(power_of_two(p), 1024)
         block_c = shrunk(min(power_of_two(c), 4096 // block_p), 1, c, n, wanted)
     else:
-        block_c = shrunk(min(power_of_two(c), 64), 16, c, n, wanted)
-        block_p = min(power_of_two(p), 4096 // block_c)
+        # Runs of 128 bytes; with longer ones there are fewer programs.
+        run = 128 // activations.element_size()
+        block_c = shrunk(min(power_of_two(c), run), 16, c, n, wanted)
+        block_p = min(power_of_two(p), 64)
+        warps, stages = 4, 4
     names = ("stride_an", "stride_ac", "stride_ah", "stride_aw")
     return Launch(
         channel_means_kernel,
@@ -79,8 +83,8 @@ def plan_channel_means(activations: Tensor, means: Tensor) -> Launch:
         {
             "FLAT": flat_cells(activations),
             "STEPS": ceil_div(p, block_p),
-            "STAGES": 3 if block_p < p else 1,
+            "STAGES": stages if block_p < p else 1,
             **{"BLOCK_C": block_c, "BLOCK_P": block_p},
         },
-        num_warps=8,
+        num_warps=warps,
     )
