@@ -12,7 +12,8 @@ A method is one device function in `CELLWISE` or a pair in `WEIGHTED`; nothing e
 A second launch adds the maps of spans, in order; where one span holds all channels, there is none.
 
 A and G cross device memory once. Where all cells of a channel fit in a tile, registers hold it
-between the weight and the map. Where they do not, as where 56 x 56 cells lie channels last, a
+between the weight and the map; where rows are short and without gaps, a tile is one run of memory,
+sorted into rows in shared memory. Where cells are more, as where 56 x 56 cells lie channels last, a
 program reads its span of A again, and a span is so narrow that the cache still has it.
 
 Programs of further targets of the same cells run side by side and find A in the cache. No atomics.
@@ -489,8 +490,11 @@ def _plan_weighted(activations: Tensor, gradients: Tensor, method: Weighted) -> 
     if padded <= (1024 if method.reads_a else 128):
         block_c = min(channels, 32 if method.reads_a else 64, 4 * _TILE // padded)
         return _Spans(1, block_c, padded, max(4, block_c * padded // 1024))
-    block_c = min(channels, 32 if method.reads_a else 64)
-    return _Spans(1, block_c, min(padded, 4096 // block_c), 8, kept=False, stages=3)
+    # Long rows need no neighbours; runs of channels fill the sectors of memory.
+    rows = cells_first(activations)
+    block_c = min(channels, 4 if rows else 32 if method.reads_a else 64)
+    block_c = shrunk(block_c, 1 if rows else 8, c, maps, device_of(activations).processors)
+    return _Spans(1, block_c, min(padded, _TILE // block_c), 8, kept=False, stages=3)
 
 
 def _run(activations: Tensor, gradients: Tensor, block_c: int) -> int:
@@ -514,8 +518,9 @@ def _whole_rows(activations: Tensor, maps: int, padded: int, method: Weighted) -
         return _Spans(1, min(power_of_two(c), 32), padded, 4)
     block_c = min(power_of_two(c), max(_TILE // padded, 1), 64)
     # The maps of spans are 1 / 32 of what is read, or less, if halves; fewer while programs
-    # are few, but a span for each channel makes a long sum.
-    most = ceil_div(min(power_of_two(c), 64), block_c)
+    # are few, but a span for each channel makes a long sum. Copies that go ahead of the use need
+    # rows that begin at multiples of 16 values, for all that the compiler knows.
+    most = ceil_div(min(power_of_two(c), 64), block_c) if activations.stride(1) % 16 == 0 else 1
     steps = shrunk(most, min(most, 4), ceil_div(c, block_c), maps, wanted)
     stages = 1 if steps == 1 else 3 if padded <= 1024 else 2
     return _Spans(steps, block_c, padded, 8, stages=stages)
