@@ -139,7 +139,7 @@ def test_half_precision(dtype: torch.dtype, layout: str) -> None:
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_more_cells_than_a_tile_and_many_spans(shape: tuple[int, ...], layout: str) -> None:
-    a, g = random(*shape, layout=layout).relu(), random(1, 1, *shape[1:], layout=layout)
+    a, g = random(*shape, layout=layout).relu(), random(shape[0], 1, *shape[1:], layout=layout)
     for reduction in reference.REDUCTIONS:
         expected = reference.gradient_cam(a.double(), g.double(), reduction, False)
         eager = reference.gradient_cam(a, g, reduction, False)
