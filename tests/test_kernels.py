@@ -146,6 +146,22 @@ def test_more_cells_than_a_tile_and_many_spans(shape: tuple[int, ...], layout: s
         check(ops.gradient_cam(a, g, reduction, False), expected, eager)
 
 
+@pytest.mark.parametrize("reduction", ["layer_cam", "hires_cam"])
+def test_rows_that_begin_anywhere_are_read_as_runs(
+    reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffcam_kernels.gpu import cellwise
+
+    # So many maps that a program walks over several tiles; or a device that is that small.
+    monkeypatch.setattr(launch, "TYPICAL", launch.Device(processors=1, cache=0))
+    n = 2 if DEVICE == "cpu" else 2 * torch.cuda.get_device_properties(0).multi_processor_count
+    a, g = random(n, 260, 7, 7), random(n, 2, 260, 7, 7)
+    assert cellwise.plan_cellwise(a, g, reduction).kernel is cellwise.cellwise_runs_kernel
+    expected = reference.gradient_cam(a.double(), g.double(), reduction, True)
+    eager = reference.gradient_cam(a, g, reduction, True)
+    check(ops.gradient_cam(a, g, reduction, True), expected, eager)
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 20, 40, 41)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_channel_means(shape: tuple[int, ...], layout: str) -> None:
