@@ -134,12 +134,43 @@ def test_half_precision(dtype: torch.dtype, layout: str) -> None:
     check(w, reference.channel_weights(d, weight.double(), 30))
 
 
-def test_more_cells_than_a_tile() -> None:
-    a, g = random(1, 3, 40, 41).relu(), random(1, 1, 3, 40, 41)
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 40, 41), (1, 2, 65, 64), (1, 2080, 2, 2), (17, 130, 3, 3)]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_cells_than_a_tile_and_many_spans(shape: tuple[int, ...], layout: str) -> None:
+    a, g = random(*shape, layout=layout).relu(), random(shape[0], 1, *shape[1:], layout=layout)
     for reduction in reference.REDUCTIONS:
         expected = reference.gradient_cam(a.double(), g.double(), reduction, False)
         eager = reference.gradient_cam(a, g, reduction, False)
         check(ops.gradient_cam(a, g, reduction, False), expected, eager)
+
+
+@pytest.mark.parametrize("reduction", ["layer_cam", "hires_cam"])
+def test_rows_that_begin_anywhere_are_read_as_runs(
+    reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffcam_kernels.gpu import cellwise
+
+    # So many maps that a program walks over several tiles; or a device that is that small.
+    monkeypatch.setattr(launch, "TYPICAL", launch.Device(processors=1, cache=0))
+    n = 2 if DEVICE == "cpu" else 2 * torch.cuda.get_device_properties(0).multi_processor_count
+    a, g = random(n, 260, 7, 7), random(n, 2, 260, 7, 7)
+    assert cellwise.plan_cellwise(a, g, reduction).kernel is cellwise.cellwise_runs_kernel
+    expected = reference.gradient_cam(a.double(), g.double(), reduction, True)
+    eager = reference.gradient_cam(a, g, reduction, True)
+    check(ops.gradient_cam(a, g, reduction, True), expected, eager)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 20, 40, 41)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_channel_means(shape: tuple[int, ...], layout: str) -> None:
+    from diffcam_kernels.gpu.means import plan_channel_means
+
+    a = random(*shape, layout=layout)
+    found = a.new_empty(a.shape[:2])
+    plan_channel_means(a, found).run()
+    check(found, a.double().mean(dim=(2, 3)), a.mean(dim=(2, 3)))
 
 
 def test_runs_of_images_that_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +179,10 @@ def test_runs_of_images_that_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> N
         launch, "device_of", lambda tensor: launch.Device(132, cache=2 * 4 * 9 * 4 * 2)
     )
     assert list(launch.image_chunks(whole)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    g = random(5, 2, 4, 3, 3)
-    check(
-        ops.gradient_cam(whole, g, "xgrad_cam", True),
-        reference.gradient_cam(whole.double(), g.double(), "xgrad_cam", True),
-        reference.gradient_cam(whole, g, "xgrad_cam", True),
-    )
+    weight = random(7, 4)
+    found = ops.head_cam(whole, weight, None, None, 1.0, True)
+    exact = reference.head_cam(*double(whole, weight), None, None, 1.0, True)
+    check(found[0], exact[0], reference.head_cam(whole, weight, None, None, 1.0, True)[0])
 
 
 TEMPERATURES = [None, 0.0, 1e-39, 1e-30, 0.3, 1.0, 1e39, math.inf]
@@ -380,8 +409,8 @@ def test_programs_lie_along_the_axis_that_holds_them_all() -> None:
     g, w = a[:, None], torch.empty(70_000, 1, 3, device="meta")
     maps = torch.empty(70_000, 1, 300, 300, device="meta")
     plans = [pooled_kernel.plan_pooled_cam(a, w, maps, True)]
-    plans += gradient.plan_gradient_cam(a, g, "grad_cam", maps, w, True)
-    plans += gradient.plan_gradient_cam(a, g, "layer_cam", maps, w, True)
+    plans += gradient.plan_gradient_cam(a, g, "grad_cam", maps, True)
+    plans += gradient.plan_gradient_cam(a, g, "layer_cam", maps, True)
     assert all(n < 2**16 for plan in plans for n in plan.grid[1:])
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,7 +19,18 @@ from torch import Tensor
 
 from diffcam_bench.compiled import compile_launch
 from diffcam_bench.rows import read_rows
-from diffcam_kernels.gpu import contrast, eigen, gradient, heatmap, pooled, preprocess
+from diffcam_kernels.gpu import (
+    cellwise,
+    contrast,
+    eigen,
+    gradient,
+    heatmap,
+    means,
+    pooled,
+    preprocess,
+    spans,
+    weighted,
+)
 from diffcam_kernels.gpu.launch import Launch
 
 CAPABILITIES = (80, 90, 100)
@@ -69,11 +81,7 @@ def _operators() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                     w, maps = _empty(n, t, c), _empty(n, t, side, side)
                     plan = pooled.plan_pooled_cam(a, w, maps, True)
                     yield "pooled_cam", f"{name} T={t}", aligned, [plan]
-                g = _activation(n, c, side, dtype, layout)[:, None]
-                for reduction in [*gradient.CELLWISE, *gradient.WEIGHTED]:
-                    maps, w = _empty(n, 1, side, side), _empty(n, 1, c)
-                    plans = gradient.plan_gradient_cam(a, g, reduction, maps, w, True)
-                    yield f"gradient_cam {reduction}", name, aligned, plans[:1]
+                yield "channel_means", name, aligned, [means.plan_channel_means(a, _empty(n, c))]
                 # Every other row of cells: no two rows follow each other.
                 plan = pooled.plan_pooled_cam(
                     a[:, :, ::2], _empty(n, 1, c), _empty(n, 1, side // 2 + side % 2, side), True
@@ -83,8 +91,32 @@ def _operators() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                     parts = eigen.empty_parts(a)
                     plans = eigen.plan_eigen_cam(a, parts, _empty(n, side, side), True)
                     yield "eigen_cam", name, aligned, plans
+    yield from _gradients()
     yield from _contrasts()
     yield from _pictures()
+
+
+def _gradients() -> Iterator[tuple[str, str, bool, list[Launch]]]:
+    """Rows of each length that has tiles of its own, and few and many images."""
+    both, half, layouts = (torch.float32, torch.float16), (torch.float16,), ("nchw", "nhwc")
+    methods = [*cellwise.CELLWISE, *weighted.WEIGHTED]
+    for network, n, c, side, dtypes, reductions in [
+        ("resnet50", 64, 2048, 7, both, methods),
+        ("resnet50 N=256", 256, 2048, 7, both, list(cellwise.CELLWISE)),
+        ("layer3", 64, 1024, 14, half, list(weighted.WEIGHTED)),
+        ("layer2", 64, 512, 28, both, list(weighted.WEIGHTED)),
+        ("layer1", 8, 256, 56, both, methods),
+        ("layer1 N=1", 1, 256, 56, half, list(weighted.WEIGHTED)),
+    ]:
+        for dtype, layout, reduction in product(dtypes, layouts, reductions):
+            name = f"{network} {str(dtype).removeprefix('torch.')} {layout}"
+            a, maps = _activation(n, c, side, dtype, layout), _empty(n, 1, side, side)
+            plans = gradient.plan_gradient_cam(a, a[:, None], reduction, maps, True)
+            # For one image, a program takes few channels of long rows.
+            aligned = n > 1 if layout == "nhwc" else side > 14
+            yield f"gradient_cam {reduction}", name, aligned, plans[:1]
+    parts, maps = _empty(64, 1, 32, 7, 7), _empty(64, 1, 7, 7)
+    yield "sum_spans", "7x7", False, [spans.plan_sum_spans(parts, maps, True)]
 
 
 def _contrasts() -> Iterator[tuple[str, str, bool, list[Launch]]]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from diffcam_kernels.gpu.contrast import class_by_class, fill_channel_weights
-from diffcam_kernels.gpu.gradient import plan_channel_means
 from diffcam_kernels.gpu.launch import image_chunks
+from diffcam_kernels.gpu.means import plan_channel_means
 from diffcam_kernels.gpu.pooled import plan_pooled_cam
 
 

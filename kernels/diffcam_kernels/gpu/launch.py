@@ -112,17 +112,16 @@ def cells_first(activation: Tensor) -> bool:
     return activation.stride(-1) <= activation.stride(-3) or activation.shape[-3] == 1
 
 
-def image_chunks(activation: Tensor, operands: int = 1) -> Iterator[slice]:
+def image_chunks(activation: Tensor) -> Iterator[slice]:
     """Runs of images whose activations fit in half of the L2 cache, at least one image each.
 
     A second look at the activations of a run then comes from the cache.
 
     Args:
         activation: (N, C, h, w).
-        operands: how many operands of this size are read meanwhile.
     """
     n = activation.shape[0]
-    image = activation[:1].numel() * activation.element_size() * operands
+    image = activation[:1].numel() * activation.element_size()
     size = max(1, device_of(activation).cache // 2 // max(image, 1))
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
