@@ -101,6 +101,38 @@ def test_pooled_cam(shape: tuple[int, ...], layout: str, targets: int) -> None:
     check(ops.pooled_cam(a, w, True), expected.relu(), reference.pooled_cam(a, w, True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("targets", [1, 3])
+def test_pooled_cam_of_what_is_not_finite(dtype: torch.dtype, layout: str, targets: int) -> None:
+    a, w = random(2, 70, 5, 6, dtype=dtype, layout=layout), random(2, targets, 70)
+    a[0, 3, 1, 1], a[0, 5, 4, 5], a[1, 69, 2, 2] = math.inf, math.nan, -math.inf
+    w[1, -1, 2] = math.inf
+    expected = reference.pooled_cam(a.double(), w.double(), False)
+    found = ops.pooled_cam(a, w, False)
+    infinite = expected.isinf()
+    assert infinite.any() and torch.equal(found[infinite].double(), expected[infinite])
+    check(found.masked_fill(infinite, 0), expected.masked_fill(infinite, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_weights_of_any_magnitude(dtype: torch.dtype) -> None:
+    a, w = random(1, 300, 3, 3, dtype=dtype), random(1, 5, 300)
+    magnitudes = torch.tensor([0.0, 1e-40, 1e-20, 1e20, 1e35], device=DEVICE)
+    found = ops.pooled_cam(a, w * magnitudes[:, None], False)
+    for t in range(5):
+        expected = reference.pooled_cam(
+            a.double(), (w * magnitudes[:, None])[:, t : t + 1].double(), False
+        )
+        check(found[:, t : t + 1], expected)
+    # A channel far below the largest counts as float32 counts it.
+    w[0, 0], w[0, 0, :2] = 0, torch.tensor([1.0, 2.0**-18 * 1.2345], device=DEVICE)
+    a[:, 0] = 0
+    expected = reference.pooled_cam(a.double(), w.double(), False)[:, :1]
+    found = ops.pooled_cam(a, w, False)[:, :1]
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("reduction", reference.REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layouts", [*zip(LAYOUTS, LAYOUTS, strict=True), LAYOUTS[:2]])
