@@ -67,18 +67,18 @@ def _operators() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                 a = _activation(n, c, side, dtype, layout)
                 for t in (1, 5):
                     w, maps = _empty(n, t, c), _empty(n, t, side, side)
-                    plan = pooled.plan_pooled_cam(a, w, maps, True)
-                    yield "pooled_cam", f"{name} T={t}", aligned, [plan]
+                    plans = pooled.plan_pooled_cam(a, w, maps, True)
+                    yield "pooled_cam", f"{name} T={t}", aligned, plans[:1]
                 g = _activation(n, c, side, dtype, layout)[:, None]
                 for reduction in [*gradient.CELLWISE, *gradient.WEIGHTED]:
                     maps, w = _empty(n, 1, side, side), _empty(n, 1, c)
                     plans = gradient.plan_gradient_cam(a, g, reduction, maps, w, True)
                     yield f"gradient_cam {reduction}", name, aligned, plans[:1]
                 # Every other row of cells: no two rows follow each other.
-                plan = pooled.plan_pooled_cam(
+                plans = pooled.plan_pooled_cam(
                     a[:, :, ::2], _empty(n, 1, c), _empty(n, 1, side // 2 + side % 2, side), True
                 )
-                yield "pooled_cam", f"{name} sliced", False, [plan]
+                yield "pooled_cam", f"{name} sliced", False, plans[:1]
                 if side * side <= eigen.MAX_CELLS:
                     plan = eigen.plan_eigen_cam(a, _empty(n, side, side), True)
                     yield "eigen_cam", name, aligned, [plan]
