@@ -278,8 +278,8 @@ def _products_tile(activations: Tensor) -> Tile:
     if cells_first(activations):
         return Tile(16, 64, 2, 4)
     if p > 256:
-        # Wide blocks of cells read the weights less often; few cells leave too few of them.
-        return Tile(32, 32, 4, 3)
+        # Many cells are many programs: of few warps each, which need not add up as many runs.
+        return Tile(64, 16, 2, 4)
     # 128 bytes of each cell for each warp.
     return Tile(128 // activations.element_size(), 16, 4, 3)
 
