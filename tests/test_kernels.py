@@ -24,8 +24,8 @@ TOLERANCE = 2e-6
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 HALVES = [torch.float16, torch.bfloat16]
 SHAPES = [(0, 3, 7, 7), (1, 37, 7, 7), (2, 5, 13, 9), (3, 64, 1, 1), (1, 70, 2, 9)]
-# Channels of more than one span; and rows that begin at multiples of 16 in either layout.
-POOLED_SHAPES = [*SHAPES, (2, 150, 7, 7), (1, 80, 16, 12)]
+# Channels of more than one span, of few cells and of many; rows at multiples of 16 in both layouts.
+POOLED_SHAPES = [*SHAPES, (2, 150, 7, 7), (1, 144, 10, 13), (1, 80, 16, 12)]
 
 
 @pytest.fixture(autouse=True)
@@ -430,6 +430,7 @@ def test_no_channels_and_no_cells() -> None:
     assert w.shape == (2, 1, 0) and torch.equal(targets, reference.predicted(z))
     assert scores.isfinite().all()
     assert (ops.pooled_cam(random(2, 0, 3, 3), random(2, 2, 0), True) == 0).all()
+    assert ops.pooled_cam(random(2, 4, 3, 3), random(2, 0, 4), True).shape == (2, 0, 3, 3)
     assert (ops.eigen_cam(random(2, 0, 3, 3), True) == 0).all()
     assert ops.eigen_cam(random(2, 4, 0, 3), True).shape == (2, 0, 3)
 

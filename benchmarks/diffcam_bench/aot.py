@@ -65,25 +65,35 @@ def _operators() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                 # Rows of 49 cells begin anywhere; rows of channels, or of 56 x 56 cells, do not.
                 aligned = layout == "nhwc" or side == 56
                 a = _activation(n, c, side, dtype, layout)
-                for t in (1, 5):
-                    w, maps = _empty(n, t, c), _empty(n, t, side, side)
-                    plans = pooled.plan_pooled_cam(a, w, maps, True)
-                    yield "pooled_cam", f"{name} T={t}", aligned, plans[:1]
                 g = _activation(n, c, side, dtype, layout)[:, None]
                 for reduction in [*gradient.CELLWISE, *gradient.WEIGHTED]:
                     maps, w = _empty(n, 1, side, side), _empty(n, 1, c)
                     plans = gradient.plan_gradient_cam(a, g, reduction, maps, w, True)
                     yield f"gradient_cam {reduction}", name, aligned, plans[:1]
-                # Every other row of cells: no two rows follow each other.
-                plans = pooled.plan_pooled_cam(
-                    a[:, :, ::2], _empty(n, 1, c), _empty(n, 1, side // 2 + side % 2, side), True
-                )
-                yield "pooled_cam", f"{name} sliced", False, plans[:1]
                 if side * side <= eigen.MAX_CELLS:
                     plan = eigen.plan_eigen_cam(a, _empty(n, side, side), True)
                     yield "eigen_cam", name, aligned, [plan]
+    yield from _pooled()
     yield from _contrasts()
     yield from _pictures()
+
+
+def _pooled() -> Iterator[tuple[str, str, bool, list[Launch]]]:
+    # Short rows of cells; long rows that begin anywhere; long rows at multiples of 16 elements.
+    layers = {"resnet50": (64, 2048, 7), "layer3": (64, 1024, 14), "layer1": (8, 256, 56)}
+    for layer, (n, c, side) in layers.items():
+        for dtype in (torch.float32, torch.float16):
+            for layout in ("nchw", "nhwc"):
+                name = f"{layer} {str(dtype).removeprefix('torch.')} {layout}"
+                a = _activation(n, c, side, dtype, layout)
+                for t in (1, 5):
+                    w, maps = _empty(n, t, c), _empty(n, t, side, side)
+                    plans = pooled.plan_pooled_cam(a, w, maps, True)
+                    yield "pooled_cam", f"{name} T={t}", layout == "nhwc" or side == 56, plans
+                # Every other row of cells: no two rows follow each other.
+                maps = _empty(n, 1, side // 2 + side % 2, side)
+                plans = pooled.plan_pooled_cam(a[:, :, ::2], _empty(n, 1, c), maps, True)
+                yield "pooled_cam", f"{name} sliced", False, plans
 
 
 def _contrasts() -> Iterator[tuple[str, str, bool, list[Launch]]]:

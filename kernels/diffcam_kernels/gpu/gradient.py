@@ -37,7 +37,8 @@ from diffcam_kernels.gpu.launch import (
     power_of_two,
     shrunk,
 )
-from diffcam_kernels.gpu.pooled import cell_offsets, plan_pooled_cam, rectified
+from diffcam_kernels.gpu.pooled import plan_pooled_cam
+from diffcam_kernels.gpu.pooled_kernels import cell_offsets, rectified
 
 # Elements of a tile over 128 threads; A, G and the sum of each take 16 registers a thread.
 _TILE = 2048
