@@ -139,11 +139,11 @@ def pooled_spans_kernel(
     place = tl.arange(0, BLOCK_P)
     offs_p, offs_c = pid % blocks * cells + place, pid_s * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_p, mask_c = (place < cells) & (offs_p < P), offs_c < C
-    w_ptrs = w_ptr + pid_n * T * C + offs_c
-    w = tl.load(w_ptrs, mask=mask_c, other=0.0)
     a_ptrs = a_ptr + pid_n * stride_an + offs_c.to(tl.int64)[:, None] * stride_ac
     a_ptrs += cell_offsets(offs_p, width, stride_ah, stride_aw, FLAT)[None, :]
     a = tl.load(a_ptrs, mask=mask_c[:, None] & mask_p[None, :], other=0.0).to(tl.float32)
+    w_ptrs = w_ptr + pid_n * T * C + offs_c
+    w = tl.load(w_ptrs, mask=mask_c, other=0.0)
     out_ptrs = out_ptr + (pid_n * T * spans + pid_s) * P + offs_p
     for _ in range(1, T):
         # The next weights are on their way before these are used.
