@@ -24,6 +24,8 @@ TOLERANCE = 2e-6
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 HALVES = [torch.float16, torch.bfloat16]
 SHAPES = [(0, 3, 7, 7), (1, 37, 7, 7), (2, 5, 13, 9), (3, 64, 1, 1), (1, 70, 2, 9)]
+# Channels of more than one span, of few cells and of many; rows at multiples of 16 in both layouts.
+POOLED_SHAPES = [*SHAPES, (2, 150, 7, 7), (1, 144, 10, 13), (1, 80, 16, 12)]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,7 @@ def double(*operands: Tensor | None) -> list[Tensor | None]:
     return [t.double() if t is not None and t.is_floating_point() else t for t in operands]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", POOLED_SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("targets", [1, 5, 9])
 def test_pooled_cam(shape: tuple[int, ...], layout: str, targets: int) -> None:
@@ -99,6 +101,42 @@ def test_pooled_cam(shape: tuple[int, ...], layout: str, targets: int) -> None:
     expected = reference.pooled_cam(a.double(), w.double(), False)
     check(ops.pooled_cam(a, w, False), expected, reference.pooled_cam(a, w, False))
     check(ops.pooled_cam(a, w, True), expected.relu(), reference.pooled_cam(a, w, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("targets", [1, 3])
+@pytest.mark.parametrize("size", [(5, 7), (12, 16)])
+def test_pooled_cam_of_what_is_not_finite(
+    dtype: torch.dtype, layout: str, targets: int, size: tuple[int, int]
+) -> None:
+    a, w = random(2, 144, *size, dtype=dtype, layout=layout), random(2, targets, 144)
+    a[0, 3, 1, 1], a[0, 5, 4, 5], a[1, 143, 2, 2] = math.inf, math.nan, -math.inf
+    w[1, -1, 2] = math.inf
+    expected = reference.pooled_cam(a.double(), w.double(), False)
+    found = ops.pooled_cam(a, w, False)
+    infinite = expected.isinf()
+    assert infinite.any() and torch.equal(found[infinite].double(), expected[infinite])
+    check(found.masked_fill(infinite, 0), expected.masked_fill(infinite, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_weights_of_any_magnitude(dtype: torch.dtype, layout: str) -> None:
+    a, w = random(1, 304, 3, 3, dtype=dtype, layout=layout), random(1, 5, 304)
+    magnitudes = torch.tensor([0.0, 1e-40, 1e-20, 1e20, 1e35], device=DEVICE)
+    found = ops.pooled_cam(a, w * magnitudes[:, None], False)
+    for t in range(5):
+        expected = reference.pooled_cam(
+            a.double(), (w * magnitudes[:, None])[:, t : t + 1].double(), False
+        )
+        check(found[:, t : t + 1], expected)
+    # A channel far below the largest counts as float32 counts it.
+    w[0, 0], w[0, 0, :2] = 0, torch.tensor([1.0, 2.0**-18 * 1.2345], device=DEVICE)
+    a[:, 0] = 0
+    expected = reference.pooled_cam(a.double(), w.double(), False)[:, :1]
+    found = ops.pooled_cam(a, w, False)[:, :1]
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("reduction", reference.REDUCTIONS)
@@ -408,7 +446,7 @@ def test_programs_lie_along_the_axis_that_holds_them_all() -> None:
     a = torch.empty(1, device="meta").expand(70_000, 3, 300, 300)
     g, w = a[:, None], torch.empty(70_000, 1, 3, device="meta")
     maps = torch.empty(70_000, 1, 300, 300, device="meta")
-    plans = [pooled_kernel.plan_pooled_cam(a, w, maps, True)]
+    plans = pooled_kernel.plan_pooled_cam(a, w, maps, True)
     plans += gradient.plan_gradient_cam(a, g, "grad_cam", maps, True)
     plans += gradient.plan_gradient_cam(a, g, "layer_cam", maps, True)
     assert all(n < 2**16 for plan in plans for n in plan.grid[1:])
@@ -428,6 +466,8 @@ def test_no_channels_and_no_cells() -> None:
     w, targets, scores = ops.contrast_channel_weights(z, random(5, 0), 4, None, 1.0)
     assert w.shape == (2, 1, 0) and torch.equal(targets, reference.predicted(z))
     assert scores.isfinite().all()
+    assert (ops.pooled_cam(random(2, 0, 3, 3), random(2, 2, 0), True) == 0).all()
+    assert ops.pooled_cam(random(2, 4, 3, 3), random(2, 0, 4), True).shape == (2, 0, 3, 3)
     assert (ops.eigen_cam(random(2, 0, 3, 3), True) == 0).all()
     assert ops.eigen_cam(random(2, 4, 0, 3), True).shape == (2, 0, 3)
 
@@ -451,9 +491,11 @@ def test_operators_can_be_captured() -> None:
 
 
 def test_an_image_has_the_same_map_alone_and_in_a_batch_and_again() -> None:
-    a, g = random(4, 30, 7, 7), random(4, 2, 30, 7, 7)
+    a, g = random(4, 32, 7, 7), random(4, 2, 32, 7, 7)
+    last = torch.channels_last
     calls: list[Callable[[Tensor, Tensor], Tensor]] = [
         lambda a, g: ops.pooled_cam(a, g.mean(dim=(3, 4)), True),
+        lambda a, g: ops.pooled_cam(a.contiguous(memory_format=last), g.mean(dim=(3, 4)), True),
         lambda a, g: ops.gradient_cam(a, g, "layer_cam", True),
         lambda a, g: ops.gradient_cam(a, g, "grad_cam_pp", True),
         lambda a, g: ops.eigen_cam(a, True)[:, None],

@@ -20,7 +20,7 @@ from diffcam_kernels.gpu.launch import (
     power_of_two,
     shrunk,
 )
-from diffcam_kernels.gpu.pooled import cell_offsets, rectified
+from diffcam_kernels.gpu.pooled_kernels import cell_offsets, rectified
 from diffcam_kernels.gpu.tiles import Tiles
 
 # Values of a tile: 16 for each of 128 threads.

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffcam_kernels.gpu.launch import Launch, ceil_div, flat_cells, power_of_two
-from diffcam_kernels.gpu.pooled import cell_offsets
+from diffcam_kernels.gpu.pooled_kernels import cell_offsets
 
 MAX_CELLS = 64
 _SQUARINGS = 24

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffcam_kernels.gpu.contrast import class_by_class, fill_channel_weights
 from diffcam_kernels.gpu.launch import image_chunks
 from diffcam_kernels.gpu.means import plan_channel_means
-from diffcam_kernels.gpu.pooled import plan_pooled_cam
+from diffcam_kernels.gpu.pooled import fill_pooled_cam
 
 
 def head_cam(
@@ -60,5 +60,5 @@ def head_cam(
             chosen[run],
             scores[run],
         )
-        plan_pooled_cam(activations[run], w[run], maps[run], relu).run()
+        fill_pooled_cam(activations[run], w[run], maps[run], relu)
     return maps, logits, chosen, scores

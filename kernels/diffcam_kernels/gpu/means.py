@@ -18,7 +18,7 @@ from diffcam_kernels.gpu.launch import (
     power_of_two,
     shrunk,
 )
-from diffcam_kernels.gpu.pooled import cell_offsets
+from diffcam_kernels.gpu.pooled_kernels import cell_offsets
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from diffcam_kernels.gpu.launch import (
     power_of_two,
     shrunk,
 )
-from diffcam_kernels.gpu.pooled import cell_offsets, rectified
+from diffcam_kernels.gpu.pooled_kernels import cell_offsets, rectified
 from diffcam_kernels.gpu.tiles import Tiles
 
 # Cells of a channel that registers hold between its weight and its part of the map.
