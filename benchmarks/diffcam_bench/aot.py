@@ -4,6 +4,7 @@ The launches are those that the plans of `diffcam_kernels.gpu` make for the laye
 on tensors without memory: what is compiled here is what runs on a GPU. No GPU is needed.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +19,17 @@ from torch import Tensor
 
 from diffcam_bench.compiled import compile_launch
 from diffcam_bench.rows import read_rows
-from diffcam_kernels.gpu import contrast, eigen, gradient, heatmap, pooled, preprocess
+from diffcam_kernels.gpu import (
+    channel_weights,
+    contrast,
+    eigen,
+    gradient,
+    head_phases,
+    heatmap,
+    pooled,
+    preprocess,
+    product,
+)
 from diffcam_kernels.gpu.launch import Launch
 
 CAPABILITIES = (80, 90, 100)
@@ -83,6 +94,8 @@ def _operators() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                     plan = eigen.plan_eigen_cam(a, _empty(n, side, side), True)
                     yield "eigen_cam", name, aligned, [plan]
     yield from _contrasts()
+    yield from _products()
+    yield from _heads()
     yield from _pictures()
 
 
@@ -104,11 +117,61 @@ def _contrasts() -> Iterator[tuple[str, str, bool, list[Launch]]]:
             plan = contrast.plan_contrast_gradient(z, *operands, d, chosen, scores)
             yield "contrast_gradient", name, False, [plan]
             if n * t == 1:
-                plan = contrast.plan_contrast_channel_weights(
+                plan = channel_weights.plan_contrast_channel_weights(
                     z, weight, 49, *operands, w, chosen, scores
                 )
                 # W is what it reads most of; 10 rows of it do not fill a program's threads.
                 yield "contrast_channel_weights", name, k > 10, [plan]
+
+
+def _products() -> Iterator[tuple[str, str, bool, list[Launch]]]:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        weight = _empty(1000, 2048, dtype=dtype)
+        bias = _empty(1000, dtype=dtype)
+        for rows in (1, 5, 8):
+            name = f"R={rows} K=1000 C=2048 {str(dtype).removeprefix('torch.')}"
+            for what, matrix, shift in (("logits", weight.mT, bias), ("weights", weight, None)):
+                x, e = _empty(rows, len(matrix)), matrix.shape[1]
+                out = _empty(product.shares_of(rows, matrix), rows, e)
+                plan = product.plan_rows_product(x, matrix, shift, 1.0, out)
+                yield "rows_product", f"{name} {what}", True, [plan]
+        if dtype != torch.float32:
+            name = f"R=320 K=1000 C=2048 {str(dtype).removeprefix('torch.')}"
+            number = 2 if dtype == torch.float16 else 3
+            x, pieces, unscale = (
+                _empty(320, 2048),
+                _empty(number, 320, 2048, dtype=dtype),
+                _empty(320),
+            )
+            y, out = _empty(number, 320, 1000), _empty(320, 1000)
+            plans = [product.plan_split(x, pieces, unscale)]
+            yield "split", name, True, plans
+            yield "join", name, False, [product.plan_join(y, unscale, bias, 1.0, out)]
+
+
+def _heads() -> Iterator[tuple[str, str, bool, list[Launch]]]:
+    for dtype, layout, t in itertools.product(
+        (torch.float32, torch.float16), ("nchw", "nhwc"), (1, 5)
+    ):
+        n, k, c, side = 2, 1000, 2048, 7
+        a, weight = _activation(n, c, side, dtype, layout), _empty(k, c, dtype=dtype)
+        bias, targets = _empty(k, dtype=dtype), _empty(n, t, dtype=torch.int64)
+        room = head_phases.Room(
+            means=_empty(n, c),
+            logits=_empty(n, k),
+            weights=_empty(n, t, c),
+            maps=_empty(n, t, side, side),
+            chosen=targets,
+            scores=_empty(n, t),
+            arrived=_empty(1, dtype=torch.int32),
+        )
+        name = f"K={k} C={c} T={t} {str(dtype).removeprefix('torch.')} {layout}"
+        plans = head_phases.plan_phases(
+            a, weight, bias, targets, 1.0, True, room, head_phases.TOGETHER
+        )
+        # The means are of A alone, whose cells begin anywhere in one layout.
+        yield "head_cam means", name, layout == "nhwc", plans[:1]
+        yield "head_cam", name, True, plans[1:]
 
 
 def _pictures() -> Iterator[tuple[str, str, bool, list[Launch]]]:

@@ -102,7 +102,7 @@ def contrast_channel_weights(
         logits=logits, weight=weight, targets=targets, reference=reference, weights=weights
     )
     if uses_kernels(logits, weight):
-        from diffcam_kernels.gpu import contrast as gpu
+        from diffcam_kernels.gpu import channel_weights as gpu
 
         return gpu.contrast_channel_weights(
             logits, weight, cells, targets, temperature, reference, weights

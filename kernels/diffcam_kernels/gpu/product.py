@@ -1,0 +1,259 @@
+"""The product of a few float32 rows and a matrix in its own precision, with float32 results.
+
+    out[r, e] = scale * sum_d x[r, d] M[d, e] + shift[e]
+
+M is W or its transpose: the largest operand of a head, so it is read once and never cast as a
+whole. By its dtype and the number of rows:
+
+- as few rows as `FEW_ROWS` says: `rows_product_kernel`. A program owns a block of columns, or a
+  share of the sum too where columns alone are too few programs; shares are added afterwards.
+- half precision, more rows: each row is scaled by a power of two and split into pieces of M's
+  dtype, whose sum is the row up to float32's own precision. The library multiplies all pieces in
+  one product with a float32 result, and the results are added.
+- float32, more rows: the library's product.
+
+Bytes: M once, the rows for each block of columns, the result once. FLOP: 2 R D E.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffcam_kernels.gpu.launch import Launch, ceil_div, device_of, power_of_two
+
+# Each row has an accumulator for each element of a tile; the library multiplies more rows, which it
+# has a product of this precision for, so that few are enough to leave to it.
+FEW_ROWS = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 1}
+# Elements of a tile over 128 threads for one or two rows, half of them for more: more would spill.
+_TILE = 2048
+# Pieces that hold the 24 bits of float32, or 22: float16 has 11 each, bfloat16 8.
+_PIECES = {torch.float16: 2, torch.bfloat16: 3}
+_SPLIT_BLOCK, _JOIN_BLOCK = 2048, 1024
+
+
+@triton.jit
+def rows_product_kernel(
+    x_ptr,  # (R, D) float32, contiguous
+    m_ptr,  # (D, E) M, any strides
+    shift_ptr,  # (E,) or None: 0
+    out_ptr,  # (shares, R, E) float32, contiguous
+    R,
+    D,
+    E,
+    share,
+    scale,
+    stride_md,
+    stride_me,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """This program computes BLOCK_E columns of all rows, over one share of the sum."""
+    pid, blocks = tl.program_id(0), tl.cdiv(E, BLOCK_E)
+    offs_e, pid_s = pid % blocks * BLOCK_E + tl.arange(0, BLOCK_E), pid // blocks
+    offs_r, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    mask_r, mask_e = offs_r < R, offs_e < E
+    columns = m_ptr + offs_e[None, :].to(tl.int64) * stride_me
+    total = tl.zeros((BLOCK_R, BLOCK_D, BLOCK_E), tl.float32)
+    for start in tl.range(0, share, BLOCK_D, loop_unroll_factor=UNROLL):
+        at = pid_s * share + start + offs_d
+        mask_d = at < D
+        m = tl.load(
+            columns + at[:, None].to(tl.int64) * stride_md,
+            mask=mask_d[:, None] & mask_e[None, :],
+            other=0.0,
+        )
+        x_ptrs = x_ptr + offs_r[:, None].to(tl.int64) * D + at[None, :]
+        x = tl.load(x_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0)
+        total += x[:, :, None] * m.to(tl.float32)[None, :, :]
+    out = tl.sum(total, axis=1) * scale
+    if shift_ptr is not None:
+        out += tl.load(shift_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + (pid_s * R + offs_r[:, None]).to(tl.int64) * E + offs_e[None, :]
+    tl.store(out_ptrs, out, mask=mask_r[:, None] & mask_e[None, :])
+
+
+@triton.jit
+def split_kernel(
+    x_ptr,  # (R, D) float32, contiguous
+    pieces_ptr,  # (PIECES, R, D) half precision, contiguous
+    unscale_ptr,  # (R,) float32
+    R,
+    D,
+    PIECES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """This program splits one row, scaled so that its largest value is between 2^14 and 2^15."""
+    pid, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    largest = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        x = tl.load(x_ptr + pid * D + start + offs_d, mask=start + offs_d < D, other=0.0)
+        # Infinity stays infinity under any scale, and NaN compares with nothing.
+        largest = tl.maximum(largest, tl.where(tl.abs(x) < float("inf"), tl.abs(x), 0.0))
+    exponent = (tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23) - 127
+    shift = tl.minimum(tl.maximum(14 - exponent, -126), 126)
+    scale = ((shift + 127) << 23).to(tl.float32, bitcast=True)
+    tl.store(unscale_ptr + pid, ((127 - shift) << 23).to(tl.float32, bitcast=True))
+    for start in range(0, D, BLOCK_D):
+        mask_d = start + offs_d < D
+        rest = tl.load(x_ptr + pid * D + start + offs_d, mask=mask_d, other=0.0) * scale
+        pieces_ptrs = pieces_ptr + pid * D + start + offs_d
+        for _ in tl.static_range(PIECES):
+            piece = rest.to(pieces_ptr.dtype.element_ty)
+            tl.store(pieces_ptrs, piece, mask=mask_d)
+            # Nothing is left of infinity, rather than inf - inf.
+            left = rest - piece.to(tl.float32)
+            rest = tl.where(tl.abs(rest) == float("inf"), 0.0, left)
+            pieces_ptrs += R.to(tl.int64) * D
+
+
+@triton.jit
+def join_kernel(
+    y_ptr,  # (PIECES, R, E) float32, contiguous
+    unscale_ptr,  # (R,) float32
+    shift_ptr,  # (E,) or None: 0
+    out_ptr,  # (R, E) float32, contiguous
+    R,
+    E,
+    scale,
+    PIECES: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """This program adds the products of the pieces for BLOCK_E columns of one row."""
+    pid, blocks = tl.program_id(0), tl.cdiv(E, BLOCK_E)
+    offs_e, pid_r = pid % blocks * BLOCK_E + tl.arange(0, BLOCK_E), (pid // blocks).to(tl.int64)
+    mask_e = offs_e < E
+    total = tl.zeros((BLOCK_E,), tl.float32)
+    # The smallest piece first.
+    for number in tl.static_range(PIECES):
+        y_ptrs = y_ptr + ((PIECES - 1 - number) * R + pid_r) * E + offs_e
+        total += tl.load(y_ptrs, mask=mask_e, other=0.0)
+    total *= tl.load(unscale_ptr + pid_r)
+    total *= scale
+    if shift_ptr is not None:
+        total += tl.load(shift_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
+    tl.store(out_ptr + pid_r * E + offs_e, total, mask=mask_e)
+
+
+def shares_of(rows: int, matrix: Tensor) -> int:
+    """Into how many shares a sum of few rows is split: as many as keep the device busy.
+
+    Never where the sum runs along memory: a column is then a program's own run.
+    """
+    d, e = matrix.shape
+    if _sums_along_memory(matrix):
+        return 1
+    block_d, block_e = _tile(rows, matrix)
+    wanted = 2 * device_of(matrix).processors // max(1, ceil_div(e, block_e))
+    # A share of fewer than four tiles is not worth another term of the last sum.
+    return max(1, min(wanted, d // (4 * block_d)))
+
+
+def _tile(rows: int, matrix: Tensor) -> tuple[int, int]:
+    """(BLOCK_D, BLOCK_E): the axis that lies closest in memory takes 256 bytes or more of it."""
+    d, e = (power_of_two(size) for size in matrix.shape)
+    size = _TILE if rows <= 2 else _TILE // 2
+    if not _sums_along_memory(matrix):
+        block_e = min(e, 128)
+        return min(size // block_e, d), block_e
+    # Every program reads all rows: the more of them, the more columns it should have for them.
+    block_d = min(d, 512 if rows <= 2 else 128)
+    return block_d, min(size // block_d, e)
+
+
+def _sums_along_memory(matrix: Tensor) -> bool:
+    return matrix.stride(0) <= matrix.stride(1)
+
+
+def plan_rows_product(
+    x: Tensor, matrix: Tensor, shift: Tensor | None, scale: float, out: Tensor
+) -> Launch:
+    """The launch that fills out (shares, R, E) from x (R, D) and M (D, E)."""
+    (r, d), e = x.shape, matrix.shape[1]
+    block_r = power_of_two(r)
+    block_d, block_e = _tile(r, matrix)
+    return Launch(
+        rows_product_kernel,
+        (ceil_div(e, block_e) * len(out),),
+        {
+            **{"x_ptr": x, "m_ptr": matrix, "shift_ptr": shift, "out_ptr": out},
+            **{"R": r, "D": d, "E": e, "share": ceil_div(ceil_div(d, block_d), len(out)) * block_d},
+            **{"scale": scale, "stride_md": matrix.stride(0), "stride_me": matrix.stride(1)},
+        },
+        {
+            **{"BLOCK_R": block_r, "BLOCK_D": block_d, "BLOCK_E": block_e},
+            # With few accumulators there is room for more loads in flight.
+            "UNROLL": max(1, 4 // block_r),
+        },
+    )
+
+
+def plan_split(x: Tensor, pieces: Tensor, unscale: Tensor) -> Launch:
+    """The launch that fills pieces (pieces, R, D) and what undoes their scale, (R,)."""
+    r, d = x.shape
+    return Launch(
+        split_kernel,
+        (r,),
+        {"x_ptr": x, "pieces_ptr": pieces, "unscale_ptr": unscale, "R": r, "D": d},
+        {"PIECES": len(pieces), "BLOCK_D": min(_SPLIT_BLOCK, power_of_two(d))},
+    )
+
+
+def plan_join(
+    y: Tensor, unscale: Tensor, shift: Tensor | None, scale: float, out: Tensor
+) -> Launch:
+    """The launch that fills out (R, E) from the products of the pieces, (pieces, R, E)."""
+    r, e = out.shape
+    block_e = min(_JOIN_BLOCK, power_of_two(e))
+    return Launch(
+        join_kernel,
+        (r * ceil_div(e, block_e),),
+        {
+            **{"y_ptr": y, "unscale_ptr": unscale, "shift_ptr": shift, "out_ptr": out},
+            **{"R": r, "E": e, "scale": scale},
+        },
+        {"PIECES": len(y), "BLOCK_E": block_e},
+    )
+
+
+def fill_product(
+    x: Tensor, matrix: Tensor, shift: Tensor | None, scale: float, out: Tensor
+) -> None:
+    """Fills out (R, E), contiguous, from x (R, D) float32 and M (D, E)."""
+    if len(x) <= FEW_ROWS.get(matrix.dtype, 0):
+        _fill_few_rows(x, matrix, shift, scale, out)
+    elif matrix.dtype not in _PIECES:
+        matrix, terms = matrix.to(torch.float32), out if shift is None else shift.to(torch.float32)
+        # beta = 0: what is in the rows takes no part.
+        torch.addmm(terms, x, matrix, beta=int(shift is not None), alpha=scale, out=out)
+    else:
+        pieces = _PIECES[matrix.dtype]
+        parts = x.new_empty((pieces, *x.shape), dtype=matrix.dtype)
+        unscale = x.new_empty(len(x))
+        plan_split(x, parts, unscale).run()
+        y = _half_product(parts.flatten(0, 1), matrix).view(pieces, *out.shape)
+        plan_join(y, unscale, shift, scale, out).run()
+
+
+def _fill_few_rows(
+    x: Tensor, matrix: Tensor, shift: Tensor | None, scale: float, out: Tensor
+) -> None:
+    shares = shares_of(len(x), matrix)
+    if shares == 1:
+        plan_rows_product(x, matrix, shift, scale, out[None]).run()
+        return
+    parts = out.new_empty((shares, *out.shape))
+    plan_rows_product(x, matrix, None, scale, parts).run()
+    torch.sum(parts, 0, out=out)
+    if shift is not None:
+        out += shift
+
+
+def _half_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """The float32 product of half-precision operands; PyTorch has it on CUDA only."""
+    if x.device.type == "cuda":
+        product: Tensor = torch.mm(x, matrix, out_dtype=torch.float32)
+        return product
+    return x.to(torch.float32) @ matrix.to(torch.float32)
