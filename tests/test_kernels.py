@@ -246,11 +246,11 @@ def test_product(dtype: torch.dtype, rows: int, transposed: bool, shifted: bool)
     matrix = random(70, 300, dtype=dtype).T if transposed else random(300, 70, dtype=dtype)
     shift = random(70, dtype=dtype) if shifted else None
     found = x.new_empty(rows, 70)
-    fill_product(x, matrix, shift, 0.5, found)
+    fill_product(x, matrix, shift, found)
     # Row by row: each has a scale of its own.
     for row in range(rows):
-        exact = x[row].double() @ matrix.double() / 2 + (0 if shift is None else shift.double())
-        eager = x[row] @ matrix.float() / 2 + (0 if shift is None else shift.float())
+        exact = x[row].double() @ matrix.double() + (0 if shift is None else shift.double())
+        eager = x[row] @ matrix.float() + (0 if shift is None else shift.float())
         check(found[row], exact, eager)
 
 
@@ -261,20 +261,20 @@ def test_product_of_what_is_no_number(rows: int) -> None:
     x, matrix = random(rows, 5), random(5, 4, dtype=torch.float16).abs() + 1
     x[0, 1], x[-1, 2] = math.inf, math.nan if rows > 1 else math.inf
     found = x.new_empty(rows, 4)
-    fill_product(x, matrix, None, 1.0, found)
+    fill_product(x, matrix, None, found)
     assert (found[0] == math.inf).all()
     assert rows == 1 or found[-1].isnan().all()
     x[:] = 0
-    fill_product(x, matrix, None, 1.0, found)
+    fill_product(x, matrix, None, found)
     assert (found == 0).all()
 
 
 @pytest.fixture
 def phased(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CAM head of up to eight images goes through phases."""
+    """The CAM head of up to 80 targets goes through phases."""
     from diffcam_kernels.gpu import head
 
-    monkeypatch.setattr(head, "PHASES_IMAGES", 8)
+    monkeypatch.setattr(head, "PHASES_ROWS", 80)
 
 
 @pytest.mark.usefixtures("phased")
@@ -310,7 +310,7 @@ def test_phases_are_for_few_images_of_small_heads(phased: None) -> None:
 
     def fits(n: int, k: int, c: int, reference: Tensor | None = None) -> bool:
         a, weight = (torch.empty(s, device="meta") for s in ((n, c, 7, 7), (k, c)))
-        return in_phases(a, weight, reference, None)
+        return in_phases(a, weight, 10, reference, None)
 
     assert fits(1, 1000, 2048) and fits(8, 10, 37)
     assert not fits(9, 1000, 2048)

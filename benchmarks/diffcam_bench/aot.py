@@ -26,6 +26,7 @@ from diffcam_kernels.gpu import (
     gradient,
     head_phases,
     heatmap,
+    mixture,
     pooled,
     preprocess,
     product,
@@ -122,18 +123,25 @@ def _contrasts() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                 )
                 # W is what it reads most of; 10 rows of it do not fill a program's threads.
                 yield "contrast_channel_weights", name, k > 10, [plan]
+            elif mixture.shares_rows(t, *operands[1:]):
+                e, a, b = _empty(n, k), _empty(n, t), _empty(n, t, t)
+                plan = mixture.plan_shared(z, asked, temperature, e, a, b, chosen, scores)
+                yield "shared", name, False, [plan]
+                parts = product.Parts(_empty(2, n, 2048), _empty(n))
+                plan = mixture.plan_mixture(parts, weight, 49, chosen, a, b, w)
+                yield "mixture", name, True, [plan]
 
 
 def _products() -> Iterator[tuple[str, str, bool, list[Launch]]]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         weight = _empty(1000, 2048, dtype=dtype)
         bias = _empty(1000, dtype=dtype)
-        for rows in (1, 5, 8):
+        for rows in (1, 2):
             name = f"R={rows} K=1000 C=2048 {str(dtype).removeprefix('torch.')}"
             for what, matrix, shift in (("logits", weight.mT, bias), ("weights", weight, None)):
                 x, e = _empty(rows, len(matrix)), matrix.shape[1]
                 out = _empty(product.shares_of(rows, matrix), rows, e)
-                plan = product.plan_rows_product(x, matrix, shift, 1.0, out)
+                plan = product.plan_rows_product(x, matrix, shift, out)
                 yield "rows_product", f"{name} {what}", True, [plan]
         if dtype != torch.float32:
             name = f"R=320 K=1000 C=2048 {str(dtype).removeprefix('torch.')}"
@@ -143,10 +151,11 @@ def _products() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                 _empty(number, 320, 2048, dtype=dtype),
                 _empty(320),
             )
-            y, out = _empty(number, 320, 1000), _empty(320, 1000)
+            parts = product.Parts(_empty(number, 320, 1000), unscale)
+            out = _empty(320, 1000)
             plans = [product.plan_split(x, pieces, unscale)]
             yield "split", name, True, plans
-            yield "join", name, False, [product.plan_join(y, unscale, bias, 1.0, out)]
+            yield "join", name, False, [product.plan_join(parts, bias, out)]
 
 
 def _heads() -> Iterator[tuple[str, str, bool, list[Launch]]]:

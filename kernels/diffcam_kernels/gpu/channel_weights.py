@@ -3,8 +3,8 @@
     w = d W / P
 
 Plan: a single row of few classes does not write d: a program owns a block of channels and
-multiplies each piece of d with W as it is made. Otherwise d, which is small, is written by
-`contrast`, and multiplied with W as `product` plans it.
+multiplies each piece of d with W as it is made. Otherwise the rows that `mixture` makes of the
+logits are multiplied with W as `product` plans it, and mixed.
 
 Bytes: logits, W and the result once. FLOP: about 8 N T K, and 2 N T K C for the product.
 """
@@ -25,7 +25,8 @@ from diffcam_kernels.gpu.contrast import (
     store_scores,
 )
 from diffcam_kernels.gpu.launch import Launch, ceil_div, device_of, power_of_two, shrunk
-from diffcam_kernels.gpu.product import fill_product
+from diffcam_kernels.gpu.mixture import plan_mixture, plan_shared, shares_rows
+from diffcam_kernels.gpu.product import Parts, multiply
 
 # Every program walks over all classes, and the device is as wide as there are blocks of channels:
 # beyond these many it is the walk that takes long.
@@ -187,7 +188,19 @@ def fill_channel_weights(
     if chosen.numel() <= 1 and logits.shape[1] <= _FUSED_CLASSES:
         plan_contrast_channel_weights(logits, weight, cells, *operands, w, chosen, scores).run()
         return
-    d = scores.new_empty((*chosen.shape, logits.shape[1]))
-    plan_contrast_gradient(logits, *operands, d, chosen, scores).run()
+    a = b = None
+    (n, t), k = chosen.shape, logits.shape[1]
+    if shares_rows(t, *operands[1:]):
+        rows, a, b = (scores.new_empty(shape) for shape in ((n, k), (n, t), (n, t, t)))
+        plan_shared(logits, targets, temperature, rows, a, b, chosen, scores).run()
+    else:
+        rows = scores.new_empty((n * t, k))
+        plan_contrast_gradient(logits, *operands, rows, chosen, scores, rest=True).run()
     if w.numel():
-        fill_product(d.flatten(0, 1), weight.detach(), None, 1 / cells, w.flatten(0, 1))
+        weight = weight.detach()
+        # Without a contrast q is 0, and a product of no parts.
+        nothing = temperature is None and blend is None
+        parts = (
+            Parts(w.new_empty((0, len(rows), w.shape[2]))) if nothing else multiply(rows, weight)
+        )
+        plan_mixture(parts, weight, cells, chosen, a, b, w).run()

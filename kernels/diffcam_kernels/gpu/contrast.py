@@ -51,10 +51,11 @@ def contrast_gradient_kernel(
     stride_rt,
     stride_bn,
     MODE: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """This program computes BLOCK_R rows of d, with their targets and scores."""
+    """This program computes BLOCK_R rows of d, or of q instead, with their targets and scores."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < rows
     pid_n, pid_t = (offs_r // T).to(tl.int64), offs_r % T
@@ -75,6 +76,8 @@ def contrast_gradient_kernel(
         d = gradient_tile(
             z_ptrs, reference_ptrs, blend_ptrs, offs_k, inside, target, m, s, coldness, MODE
         )
+        if REST:
+            d = tl.where(offs_k[None, :] == target[:, None], 1.0, 0.0) - d
         tl.store(d_ptr + offs_r[:, None].to(tl.int64) * K + offs_k[None, :], d, mask=inside)
 
 
@@ -263,8 +266,10 @@ def plan_contrast_gradient(
     d: Tensor,
     chosen: Tensor,
     scores: Tensor,
+    *,
+    rest: bool = False,
 ) -> Launch:
-    """The launch that fills d (N, T, K), targets and scores (N, T).
+    """The launch that fills d (N, T, K), or q with `rest`, targets and scores (N, T).
 
     Classes lie one after the other in the logits, the reference and the blend.
     """
@@ -277,7 +282,7 @@ def plan_contrast_gradient(
         contrast_gradient_kernel,
         (ceil_div(chosen.numel(), block_r),),
         {**tensors, "d_ptr": d, **numbers},
-        {"MODE": mode, "BLOCK_R": block_r, "BLOCK_K": block_k},
+        {"MODE": mode, "REST": rest, "BLOCK_R": block_r, "BLOCK_K": block_k},
     )
 
 

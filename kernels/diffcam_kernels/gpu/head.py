@@ -27,9 +27,9 @@ from diffcam_kernels.gpu.launch import image_chunks
 from diffcam_kernels.gpu.pooled import plan_pooled_cam
 from diffcam_kernels.gpu.product import fill_product
 
-# The most images that go through the phases, where a launch costs more than the work in it; none
-# as long as it has not been measured to be faster.
-PHASES_IMAGES = 0
+# The most targets of all images that go through the phases, where launches cost more than the work
+# in them: every program of a phase makes the contrast of all of them.
+PHASES_ROWS = 5
 
 
 def head_cam(
@@ -57,7 +57,7 @@ def head_cam(
     )
     weight, bias = weight.detach(), None if bias is None else bias.detach().contiguous()
     targets = None if targets is None else targets.contiguous()
-    if in_phases(activations, weight, reference, blend):
+    if in_phases(activations, weight, t, reference, blend):
         phases = TOGETHER if waits(activations) else APART
         head = (weight, bias, targets, temperature, relu)
         for launch in plan_phases(activations, *head, room, phases):
@@ -70,10 +70,14 @@ def head_cam(
 
 
 def in_phases(
-    activations: Tensor, weight: Tensor, reference: Tensor | None, blend: Tensor | None
+    activations: Tensor,
+    weight: Tensor,
+    targets: int,
+    reference: Tensor | None,
+    blend: Tensor | None,
 ) -> bool:
-    """Whether the images are few enough for `head_phases`, and the operands what it takes."""
-    few = len(activations) <= PHASES_IMAGES and reference is None and blend is None
+    """Whether the targets are few enough for `head_phases`, and the operands what it takes."""
+    few = len(activations) * max(targets, 1) <= PHASES_ROWS and reference is None and blend is None
     return few and fits_phases(activations, weight)
 
 
@@ -92,7 +96,7 @@ def _fill_by_launches(
     reference, blend = class_by_class(reference, blend)
     for run in image_chunks(activations):
         plan_channel_means(activations[run], room.means[run]).run()
-        fill_product(room.means[run], weight.mT, bias, 1.0, room.logits[run])
+        fill_product(room.means[run], weight.mT, bias, room.logits[run])
         fill_channel_weights(
             room.logits[run],
             weight,

@@ -1,6 +1,6 @@
 """The product of a few float32 rows and a matrix in its own precision, with float32 results.
 
-    out[r, e] = scale * sum_d x[r, d] M[d, e] + shift[e]
+    out[r, e] = sum_d x[r, d] M[d, e] + shift[e]
 
 M is W or its transpose: the largest operand of a head, so it is read once and never cast as a
 whole. By its dtype and the number of rows:
@@ -15,6 +15,8 @@ whole. By its dtype and the number of rows:
 Bytes: M once, the rows for each block of columns, the result once. FLOP: 2 R D E.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -24,11 +26,15 @@ from diffcam_kernels.gpu.launch import Launch, ceil_div, device_of, power_of_two
 
 # Each row has an accumulator for each element of a tile; the library multiplies more rows, which it
 # has a product of this precision for, so that few are enough to leave to it.
-FEW_ROWS = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 1}
-# Elements of a tile over 128 threads for one or two rows, half of them for more: more would spill.
+FEW_ROWS = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 1}
+# Elements of a tile over 128 threads.
 _TILE = 2048
+# Programs for each processor: a program waits for its tile, and others load meanwhile.
+_PROGRAMS = 8
 # Pieces that hold the 24 bits of float32, or 22: float16 has 11 each, bfloat16 8.
 _PIECES = {torch.float16: 2, torch.bfloat16: 3}
+# The library reads rows fast that begin at a multiple of 16 bytes.
+_ALIGNED = 8
 _SPLIT_BLOCK, _JOIN_BLOCK = 2048, 1024
 
 
@@ -42,7 +48,6 @@ def rows_product_kernel(
     D,
     E,
     share,
-    scale,
     stride_md,
     stride_me,
     BLOCK_R: tl.constexpr,
@@ -68,7 +73,7 @@ def rows_product_kernel(
         x_ptrs = x_ptr + offs_r[:, None].to(tl.int64) * D + at[None, :]
         x = tl.load(x_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0)
         total += x[:, :, None] * m.to(tl.float32)[None, :, :]
-    out = tl.sum(total, axis=1) * scale
+    out = tl.sum(total, axis=1)
     if shift_ptr is not None:
         out += tl.load(shift_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + (pid_s * R + offs_r[:, None]).to(tl.int64) * E + offs_e[None, :]
@@ -78,10 +83,11 @@ def rows_product_kernel(
 @triton.jit
 def split_kernel(
     x_ptr,  # (R, D) float32, contiguous
-    pieces_ptr,  # (PIECES, R, D) half precision, contiguous
+    pieces_ptr,  # (PIECES, R, D) half precision
     unscale_ptr,  # (R,) float32
     R,
     D,
+    stride_pr,
     PIECES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -99,42 +105,88 @@ def split_kernel(
     for start in range(0, D, BLOCK_D):
         mask_d = start + offs_d < D
         rest = tl.load(x_ptr + pid * D + start + offs_d, mask=mask_d, other=0.0) * scale
-        pieces_ptrs = pieces_ptr + pid * D + start + offs_d
-        for _ in tl.static_range(PIECES):
+        for number in tl.static_range(PIECES):
             piece = rest.to(pieces_ptr.dtype.element_ty)
-            tl.store(pieces_ptrs, piece, mask=mask_d)
+            pieces_row = pieces_ptr + (number * R + pid) * stride_pr
+            tl.store(pieces_row + start + offs_d, piece, mask=mask_d)
             # Nothing is left of infinity, rather than inf - inf.
             left = rest - piece.to(tl.float32)
             rest = tl.where(tl.abs(rest) == float("inf"), 0.0, left)
-            pieces_ptrs += R.to(tl.int64) * D
 
 
 @triton.jit
 def join_kernel(
-    y_ptr,  # (PIECES, R, E) float32, contiguous
-    unscale_ptr,  # (R,) float32
+    y_ptr,  # (PARTS, R, E) float32, contiguous
+    unscale_ptr,  # (R,) float32, or None: 1
     shift_ptr,  # (E,) or None: 0
     out_ptr,  # (R, E) float32, contiguous
     R,
     E,
-    scale,
-    PIECES: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """This program adds the products of the pieces for BLOCK_E columns of one row."""
+    """This program adds the parts of BLOCK_E columns of one row."""
     pid, blocks = tl.program_id(0), tl.cdiv(E, BLOCK_E)
     offs_e, pid_r = pid % blocks * BLOCK_E + tl.arange(0, BLOCK_E), (pid // blocks).to(tl.int64)
     mask_e = offs_e < E
-    total = tl.zeros((BLOCK_E,), tl.float32)
-    # The smallest piece first.
-    for number in tl.static_range(PIECES):
-        y_ptrs = y_ptr + ((PIECES - 1 - number) * R + pid_r) * E + offs_e
-        total += tl.load(y_ptrs, mask=mask_e, other=0.0)
-    total *= tl.load(unscale_ptr + pid_r)
-    total *= scale
+    total = joined(y_ptr, unscale_ptr, pid_r, offs_e, mask_e, R, E, PARTS)
     if shift_ptr is not None:
         total += tl.load(shift_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
     tl.store(out_ptr + pid_r * E + offs_e, total, mask=mask_e)
+
+
+@triton.jit
+def joined(y_ptr, unscale_ptr, pid_r, offs_e, mask_e, R, E, PARTS: tl.constexpr):
+    """The sum of the parts of some columns of one row."""
+    total = tl.zeros(offs_e.shape, tl.float32)
+    # The smallest piece, which is the last one, first.
+    for number in range(PARTS):
+        y_row = y_ptr + ((PARTS - 1 - number) * R + pid_r) * E
+        total += tl.load(y_row + offs_e, mask=mask_e, other=0.0)
+    if unscale_ptr is not None:
+        total *= tl.load(unscale_ptr + pid_r)
+    return total
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A product as a sum that is yet to be added: out[r] = unscale[r] * sum_s y[s, r].
+
+    Attributes:
+        y: (S, R, E) float32.
+        unscale: (R,) float32; None: 1.
+    """
+
+    y: Tensor
+    unscale: Tensor | None = None
+
+
+def multiply(x: Tensor, matrix: Tensor) -> Parts:
+    """The product of x (R, D) float32, contiguous, and M (D, E), in parts."""
+    r, d = x.shape
+    if r <= FEW_ROWS.get(matrix.dtype, 0):
+        y = x.new_empty((shares_of(r, matrix), r, matrix.shape[1]))
+        plan_rows_product(x, matrix, None, y).run()
+        return Parts(y)
+    if matrix.dtype not in _PIECES:
+        return Parts(torch.mm(x, matrix.to(torch.float32))[None])
+    pieces, wide = _PIECES[matrix.dtype], ceil_div(d, _ALIGNED) * _ALIGNED
+    split = x.new_empty((pieces, r, wide), dtype=matrix.dtype)[:, :, :d]
+    unscale = x.new_empty(r)
+    plan_split(x, split, unscale).run()
+    y = _half_product(split.flatten(0, 1), matrix).view(pieces, r, matrix.shape[1])
+    return Parts(y, unscale)
+
+
+def fill_product(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tensor) -> None:
+    """Fills out (R, E), contiguous, from x (R, D) float32, contiguous, and M (D, E)."""
+    few = len(x) <= FEW_ROWS.get(matrix.dtype, 0)
+    if few and shares_of(len(x), matrix) == 1:
+        plan_rows_product(x, matrix, shift, out[None]).run()
+    elif few or matrix.dtype in _PIECES or shift is None:
+        plan_join(multiply(x, matrix), shift, out).run()
+    else:
+        torch.addmm(shift.to(torch.float32), x, matrix.to(torch.float32), out=out)
 
 
 def shares_of(rows: int, matrix: Tensor) -> int:
@@ -146,7 +198,7 @@ def shares_of(rows: int, matrix: Tensor) -> int:
     if _sums_along_memory(matrix):
         return 1
     block_d, block_e = _tile(rows, matrix)
-    wanted = 2 * device_of(matrix).processors // max(1, ceil_div(e, block_e))
+    wanted = _PROGRAMS * device_of(matrix).processors // max(1, ceil_div(e, block_e))
     # A share of fewer than four tiles is not worth another term of the last sum.
     return max(1, min(wanted, d // (4 * block_d)))
 
@@ -154,12 +206,15 @@ def shares_of(rows: int, matrix: Tensor) -> int:
 def _tile(rows: int, matrix: Tensor) -> tuple[int, int]:
     """(BLOCK_D, BLOCK_E): the axis that lies closest in memory takes 256 bytes or more of it."""
     d, e = (power_of_two(size) for size in matrix.shape)
+    # More accumulators would spill.
     size = _TILE if rows <= 2 else _TILE // 2
     if not _sums_along_memory(matrix):
         block_e = min(e, 128)
         return min(size // block_e, d), block_e
-    # Every program reads all rows: the more of them, the more columns it should have for them.
-    block_d = min(d, 512 if rows <= 2 else 128)
+    # Every program reads all rows: the more columns it has for them the better, as long as there
+    # are programs enough.
+    many = matrix.shape[1] * 512 >= 4 * device_of(matrix).processors * size
+    block_d = min(d, 512 if many else 1024)
     return block_d, min(size // block_d, e)
 
 
@@ -167,9 +222,7 @@ def _sums_along_memory(matrix: Tensor) -> bool:
     return matrix.stride(0) <= matrix.stride(1)
 
 
-def plan_rows_product(
-    x: Tensor, matrix: Tensor, shift: Tensor | None, scale: float, out: Tensor
-) -> Launch:
+def plan_rows_product(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tensor) -> Launch:
     """The launch that fills out (shares, R, E) from x (R, D) and M (D, E)."""
     (r, d), e = x.shape, matrix.shape[1]
     block_r = power_of_two(r)
@@ -180,7 +233,7 @@ def plan_rows_product(
         {
             **{"x_ptr": x, "m_ptr": matrix, "shift_ptr": shift, "out_ptr": out},
             **{"R": r, "D": d, "E": e, "share": ceil_div(ceil_div(d, block_d), len(out)) * block_d},
-            **{"scale": scale, "stride_md": matrix.stride(0), "stride_me": matrix.stride(1)},
+            **{"stride_md": matrix.stride(0), "stride_me": matrix.stride(1)},
         },
         {
             **{"BLOCK_R": block_r, "BLOCK_D": block_d, "BLOCK_E": block_e},
@@ -196,59 +249,27 @@ def plan_split(x: Tensor, pieces: Tensor, unscale: Tensor) -> Launch:
     return Launch(
         split_kernel,
         (r,),
-        {"x_ptr": x, "pieces_ptr": pieces, "unscale_ptr": unscale, "R": r, "D": d},
+        {
+            **{"x_ptr": x, "pieces_ptr": pieces, "unscale_ptr": unscale},
+            **{"R": r, "D": d, "stride_pr": pieces.stride(1)},
+        },
         {"PIECES": len(pieces), "BLOCK_D": min(_SPLIT_BLOCK, power_of_two(d))},
     )
 
 
-def plan_join(
-    y: Tensor, unscale: Tensor, shift: Tensor | None, scale: float, out: Tensor
-) -> Launch:
-    """The launch that fills out (R, E) from the products of the pieces, (pieces, R, E)."""
+def plan_join(parts: Parts, shift: Tensor | None, out: Tensor) -> Launch:
+    """The launch that fills out (R, E)."""
     r, e = out.shape
     block_e = min(_JOIN_BLOCK, power_of_two(e))
     return Launch(
         join_kernel,
         (r * ceil_div(e, block_e),),
         {
-            **{"y_ptr": y, "unscale_ptr": unscale, "shift_ptr": shift, "out_ptr": out},
-            **{"R": r, "E": e, "scale": scale},
+            **{"y_ptr": parts.y, "unscale_ptr": parts.unscale, "shift_ptr": shift},
+            **{"out_ptr": out, "R": r, "E": e},
         },
-        {"PIECES": len(y), "BLOCK_E": block_e},
+        {"PARTS": len(parts.y), "BLOCK_E": block_e},
     )
-
-
-def fill_product(
-    x: Tensor, matrix: Tensor, shift: Tensor | None, scale: float, out: Tensor
-) -> None:
-    """Fills out (R, E), contiguous, from x (R, D) float32 and M (D, E)."""
-    if len(x) <= FEW_ROWS.get(matrix.dtype, 0):
-        _fill_few_rows(x, matrix, shift, scale, out)
-    elif matrix.dtype not in _PIECES:
-        matrix, terms = matrix.to(torch.float32), out if shift is None else shift.to(torch.float32)
-        # beta = 0: what is in the rows takes no part.
-        torch.addmm(terms, x, matrix, beta=int(shift is not None), alpha=scale, out=out)
-    else:
-        pieces = _PIECES[matrix.dtype]
-        parts = x.new_empty((pieces, *x.shape), dtype=matrix.dtype)
-        unscale = x.new_empty(len(x))
-        plan_split(x, parts, unscale).run()
-        y = _half_product(parts.flatten(0, 1), matrix).view(pieces, *out.shape)
-        plan_join(y, unscale, shift, scale, out).run()
-
-
-def _fill_few_rows(
-    x: Tensor, matrix: Tensor, shift: Tensor | None, scale: float, out: Tensor
-) -> None:
-    shares = shares_of(len(x), matrix)
-    if shares == 1:
-        plan_rows_product(x, matrix, shift, scale, out[None]).run()
-        return
-    parts = out.new_empty((shares, *out.shape))
-    plan_rows_product(x, matrix, None, scale, parts).run()
-    torch.sum(parts, 0, out=out)
-    if shift is not None:
-        out += shift
 
 
 def _half_product(x: Tensor, matrix: Tensor) -> Tensor:
