@@ -254,6 +254,22 @@ def test_product(dtype: torch.dtype, rows: int, transposed: bool, shifted: bool)
         check(found[row], exact, eager)
 
 
+@pytest.mark.parametrize("temperature", [None, 0.5, math.inf])
+@pytest.mark.parametrize("logit", [0.0, 60.0, -math.inf, math.nan])
+def test_targets_of_one_image_share_a_product(temperature: float | None, logit: float) -> None:
+    z, weight = random(4, 4), random(4, 6)
+    z[:, 1] = logit
+    # One twice, all of the classes, a single one, and no target that is far above all others.
+    targets = torch.tensor(
+        [[1, 1, 2, 1], [3, 1, 0, 2], [1, 1, 1, 1], [2, 3, 3, 2]], device=z.device
+    )
+    found = ops.contrast_channel_weights(z, weight, 3, targets, temperature)
+    d = reference.contrast_gradient(z, targets, temperature)
+    exact = reference.channel_weights(*double(d, weight), 3)
+    check(found[0], exact, reference.channel_weights(d, weight, 3))
+    check(found[2], reference.contrast_score(z.double(), d.double()))
+
+
 @pytest.mark.parametrize("rows", [1, 11])
 def test_product_of_what_is_no_number(rows: int) -> None:
     from diffcam_kernels.gpu.product import fill_product
