@@ -374,8 +374,6 @@ def plan_phases(
     block_t, some_k, some_c = min(power_of_two(t), 8), _some(c, 8), _some(k, 16)
     # Whole runs of channels of one cell; where cells lie closest, 16 of them are a run.
     map_p = min(16, power_of_two(p)) if cells_first(activations) else 1
-    # An element has an accumulator for each target.
-    map_tile = _MAP_TILE // 2 if block_t > 4 else _MAP_TILE
     items = (
         n * ceil_div(c, some_c),
         ceil_div(k, some_k),
@@ -396,7 +394,7 @@ def plan_phases(
         **{"MODE": mode, "RELU": relu, "BLOCK_T": block_t},
         **{"ALL_C": max(16, power_of_two(c)), "ALL_K": max(16, power_of_two(k))},
         **{"SOME_C": some_c, "SOME_K": some_k, "MEAN_P": min(_MEAN_CELLS, power_of_two(p))},
-        **{"MAP_C": min(map_tile // map_p, power_of_two(c)), "MAP_P": map_p},
+        **{"MAP_C": min(_MAP_TILE // map_p, power_of_two(c)), "MAP_P": map_p},
     }
     processors = device_of(activations).processors
     return [
