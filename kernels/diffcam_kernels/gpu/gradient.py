@@ -227,7 +227,7 @@ def plan_gradient_cam(
         a, g, w = activations[run], gradients[run], weights[run]
         launches += [
             _plan_weights(a, g, method, w),
-            plan_pooled_cam(a, w, maps[run], relu),
+            *plan_pooled_cam(a, w, maps[run], relu),
         ]
     return launches
 
