@@ -79,18 +79,18 @@ def _operators() -> Iterator[tuple[str, str, bool, list[Launch]]]:
                 a = _activation(n, c, side, dtype, layout)
                 for t in (1, 5):
                     w, maps = _empty(n, t, c), _empty(n, t, side, side)
-                    plan = pooled.plan_pooled_cam(a, w, maps, True)
-                    yield "pooled_cam", f"{name} T={t}", aligned, [plan]
+                    plans = pooled.plan_pooled_cam(a, w, maps, True)
+                    yield "pooled_cam", f"{name} T={t}", aligned, plans[:1]
                 g = _activation(n, c, side, dtype, layout)[:, None]
                 for reduction in [*gradient.CELLWISE, *gradient.WEIGHTED]:
                     maps, w = _empty(n, 1, side, side), _empty(n, 1, c)
                     plans = gradient.plan_gradient_cam(a, g, reduction, maps, w, True)
                     yield f"gradient_cam {reduction}", name, aligned, plans[:1]
                 # Every other row of cells: no two rows follow each other.
-                plan = pooled.plan_pooled_cam(
+                plans = pooled.plan_pooled_cam(
                     a[:, :, ::2], _empty(n, 1, c), _empty(n, 1, side // 2 + side % 2, side), True
                 )
-                yield "pooled_cam", f"{name} sliced", False, [plan]
+                yield "pooled_cam", f"{name} sliced", False, plans[:1]
                 if side * side <= eigen.MAX_CELLS:
                     plan = eigen.plan_eigen_cam(a, _empty(n, side, side), True)
                     yield "eigen_cam", name, aligned, [plan]
@@ -117,30 +117,32 @@ def _contrasts() -> Iterator[tuple[str, str, bool, list[Launch]]]:
             d, w, weight = _empty(n, t, k), _empty(n, t, c), _empty(k, c)
             plan = contrast.plan_contrast_gradient(z, *operands, d, chosen, scores)
             yield "contrast_gradient", name, False, [plan]
-            if n * t == 1:
+            if channel_weights.is_fused(z, chosen):
                 plan = channel_weights.plan_contrast_channel_weights(
                     z, weight, 49, *operands, w, chosen, scores
                 )
                 # W is what it reads most of; 10 rows of it do not fill a program's threads.
                 yield "contrast_channel_weights", name, k > 10, [plan]
-            elif mixture.shares_rows(t, *operands[1:]):
+                continue
+            a = b = None
+            if mixture.shares_rows(t, *operands[1:]):
                 e, a, b = _empty(n, k), _empty(n, t), _empty(n, t, t)
                 plan = mixture.plan_shared(z, asked, temperature, e, a, b, chosen, scores)
                 yield "shared", name, False, [plan]
-                parts = product.Parts(_empty(2, n, 2048), _empty(n))
-                plan = mixture.plan_mixture(parts, weight, 49, chosen, a, b, w)
-                yield "mixture", name, True, [plan]
+            parts = product.Parts(_empty(2, n * t if a is None else n, c), _empty(n))
+            plan = mixture.plan_mixture(parts, weight, 49, chosen, a, b, w)
+            yield "mixture", name, True, [plan]
 
 
 def _products() -> Iterator[tuple[str, str, bool, list[Launch]]]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         weight = _empty(1000, 2048, dtype=dtype)
         bias = _empty(1000, dtype=dtype)
-        for rows in (1, 2):
+        for rows in range(1, product.FEW_ROWS[dtype] + 1):
             name = f"R={rows} K=1000 C=2048 {str(dtype).removeprefix('torch.')}"
             for what, matrix, shift in (("logits", weight.mT, bias), ("weights", weight, None)):
                 x, e = _empty(rows, len(matrix)), matrix.shape[1]
-                out = _empty(product.shares_of(rows, matrix), rows, e)
+                out = _empty(product.shares_of(matrix), rows, e)
                 plan = product.plan_rows_product(x, matrix, shift, out)
                 yield "rows_product", f"{name} {what}", True, [plan]
         if dtype != torch.float32:
@@ -159,11 +161,9 @@ def _products() -> Iterator[tuple[str, str, bool, list[Launch]]]:
 
 
 def _heads() -> Iterator[tuple[str, str, bool, list[Launch]]]:
-    for dtype, layout, t in itertools.product(
-        (torch.float32, torch.float16), ("nchw", "nhwc"), (1, 5)
-    ):
+    for dtype, t in itertools.product((torch.float32, torch.float16), (1, 5)):
         n, k, c, side = 2, 1000, 2048, 7
-        a, weight = _activation(n, c, side, dtype, layout), _empty(k, c, dtype=dtype)
+        a, weight = _activation(n, c, side, dtype, "nhwc"), _empty(k, c, dtype=dtype)
         bias, targets = _empty(k, dtype=dtype), _empty(n, t, dtype=torch.int64)
         room = head_phases.Room(
             means=_empty(n, c),
@@ -174,13 +174,11 @@ def _heads() -> Iterator[tuple[str, str, bool, list[Launch]]]:
             scores=_empty(n, t),
             arrived=_empty(1, dtype=torch.int32),
         )
-        name = f"K={k} C={c} T={t} {str(dtype).removeprefix('torch.')} {layout}"
+        name = f"K={k} C={c} T={t} {str(dtype).removeprefix('torch.')}"
         plans = head_phases.plan_phases(
             a, weight, bias, targets, 1.0, True, room, head_phases.TOGETHER
         )
-        # The means are of A alone, whose cells begin anywhere in one layout.
-        yield "head_cam means", name, layout == "nhwc", plans[:1]
-        yield "head_cam", name, True, plans[1:]
+        yield "head_cam", name, True, plans
 
 
 def _pictures() -> Iterator[tuple[str, str, bool, list[Launch]]]:

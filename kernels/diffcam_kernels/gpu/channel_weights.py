@@ -6,7 +6,8 @@ Plan: a single row of few classes does not write d: a program owns a block of ch
 multiplies each piece of d with W as it is made. Otherwise the rows that `mixture` makes of the
 logits are multiplied with W as `product` plans it, and mixed.
 
-Bytes: logits, W and the result once. FLOP: about 8 N T K, and 2 N T K C for the product.
+Bytes: logits, W and the result once. FLOP: about 8 N T K, and for the product 2 N K C where targets
+share it, 2 N T K C where they do not.
 """
 
 import triton
@@ -107,6 +108,11 @@ def contrast_channel_weights_kernel(
     tl.store(w_ptrs, w, mask=mask_r[:, None] & mask_c[None, :])
 
 
+def is_fused(logits: Tensor, chosen: Tensor) -> bool:
+    """Whether there is one row of few classes, so that d is multiplied as it is made."""
+    return chosen.numel() <= 1 and logits.shape[1] <= _FUSED_CLASSES
+
+
 def plan_contrast_channel_weights(
     logits: Tensor,
     weight: Tensor,
@@ -185,7 +191,7 @@ def fill_channel_weights(
 ) -> None:
     """Fills w (N, T, C), targets and scores (N, T), by the plan for so many rows."""
     operands = (targets, temperature, reference, blend)
-    if chosen.numel() <= 1 and logits.shape[1] <= _FUSED_CLASSES:
+    if is_fused(logits, chosen):
         plan_contrast_channel_weights(logits, weight, cells, *operands, w, chosen, scores).run()
         return
     a = b = None

@@ -13,7 +13,8 @@ precision. Images go in runs whose A fits in half of the L2 cache: A crosses dev
 A few images can instead go through `head_phases`, whose programs wait for each other within a
 launch: `in_phases` decides.
 
-Bytes: A, W and the logits once, the maps once. FLOP: 2 N K C + 2 N T K C + N C P + 2 N T C P.
+Bytes: A, W and the logits once, the maps once. FLOP: 4 N K C where targets share a product with W,
+2 N K C + 2 N T K C where they do not, and N C P + 2 N T C P.
 """
 
 import torch
@@ -24,7 +25,7 @@ from diffcam_kernels.gpu.contrast import class_by_class
 from diffcam_kernels.gpu.gradient import plan_channel_means
 from diffcam_kernels.gpu.head_phases import APART, TOGETHER, Room, fits_phases, plan_phases, waits
 from diffcam_kernels.gpu.launch import image_chunks
-from diffcam_kernels.gpu.pooled import plan_pooled_cam
+from diffcam_kernels.gpu.pooled import fill_pooled_cam
 from diffcam_kernels.gpu.product import fill_product
 
 # The most targets of all images that go through the phases, where launches cost more than the work
@@ -109,4 +110,4 @@ def _fill_by_launches(
             room.chosen[run],
             room.scores[run],
         )
-        plan_pooled_cam(activations[run], room.weights[run], room.maps[run], relu).run()
+        fill_pooled_cam(activations[run], room.weights[run], room.maps[run], relu)

@@ -9,7 +9,7 @@ phase is a launch of its own, of the same code.
 - Logits: an item is a block of classes, whole rows of W, which stay in registers for all images.
 - Channel weights: an item is a block of channels, whole columns of W, which stay in registers for
   all targets of all images; every item makes the contrast of each of them anew.
-- Maps: an item is a block of cells of one image.
+- Maps: an item is one cell of one image, whose channels lie one after the other.
 
 What is computed for an image does not depend on how many there are. No result goes through an
 atomic operation: only the arrivals of programs are counted so.
@@ -32,7 +32,6 @@ from diffcam_kernels.gpu.contrast import (
 from diffcam_kernels.gpu.launch import (
     Launch,
     ceil_div,
-    cells_first,
     device_of,
     flat_cells,
     power_of_two,
@@ -42,14 +41,15 @@ from diffcam_kernels.gpu.pooled import rectified
 # Elements of a tile of W: 64 for each of 256 threads.
 _TILE = 16384
 _WARPS = 8
-# Channels and cells of a tile of A: 64 bytes of a row of half precision at least.
-_MEAN_CELLS = 64
-_MAP_TILE = 1024
+# Cells of a tile of the means.
+_MEAN_CELLS = 32
+# Channels of a tile of the maps; the weights of several targets leave room for fewer.
+_MAP_CHANNELS, _MAPS_CHANNELS = 2048, 1024
 
 
 @triton.jit
 def head_cam_kernel(
-    a_ptr,  # (N, C, P), any strides
+    a_ptr,  # (N, C, P), neighbouring channels
     weight_ptr,  # (K, C) W, rows of neighbouring channels
     bias_ptr,  # (K,) or None: 0
     targets_ptr,  # (N, T) int64, or None: the prediction
@@ -67,7 +67,6 @@ def head_cam_kernel(
     K,
     coldness,
     stride_an,
-    stride_ac,
     stride_ap,
     stride_wk,
     FIRST: tl.constexpr,
@@ -81,11 +80,10 @@ def head_cam_kernel(
     SOME_K: tl.constexpr,
     MEAN_P: tl.constexpr,
     MAP_C: tl.constexpr,
-    MAP_P: tl.constexpr,
 ):
     """This program takes its turns in the phases FIRST to LAST."""
     if FIRST == 0:
-        _means(a_ptr, means_ptr, N, C, P, stride_an, stride_ac, stride_ap, SOME_C, MEAN_P)
+        _means(a_ptr, means_ptr, N, C, P, stride_an, stride_ap, SOME_C, MEAN_P)
         if LAST == 0:
             # For the launch that follows.
             if tl.program_id(0) == 0:
@@ -128,12 +126,10 @@ def head_cam_kernel(
             C,
             P,
             stride_an,
-            stride_ac,
             stride_ap,
             RELU,
             BLOCK_T,
             MAP_C,
-            MAP_P,
         )
 
 
@@ -156,7 +152,6 @@ def _means(
     C,
     P,
     stride_an,
-    stride_ac,
     stride_ap,
     SOME_C: tl.constexpr,
     MEAN_P: tl.constexpr,
@@ -165,7 +160,7 @@ def _means(
     for item in range(tl.program_id(0), N * blocks, tl.num_programs(0)):
         offs_c, n = item % blocks * SOME_C + tl.arange(0, SOME_C), (item // blocks).to(tl.int64)
         mask_c = offs_c < C
-        a_rows = a_ptr + n * stride_an + offs_c[None, :].to(tl.int64) * stride_ac
+        a_rows = a_ptr + n * stride_an + offs_c[None, :]
         total = tl.zeros((MEAN_P, SOME_C), tl.float32)
         for start in range(0, P, MEAN_P):
             offs_p = start + tl.arange(0, MEAN_P)
@@ -266,35 +261,30 @@ def _maps(
     C,
     P,
     stride_an,
-    stride_ac,
     stride_ap,
     RELU: tl.constexpr,
     BLOCK_T: tl.constexpr,
     MAP_C: tl.constexpr,
-    MAP_P: tl.constexpr,
 ):
-    blocks_t, blocks_p = tl.cdiv(T, BLOCK_T), tl.cdiv(P, MAP_P)
-    for item in range(tl.program_id(0), N * blocks_p * blocks_t, tl.num_programs(0)):
-        offs_t = item % blocks_t * BLOCK_T + tl.arange(0, BLOCK_T)
-        offs_p = item // blocks_t % blocks_p * MAP_P + tl.arange(0, MAP_P)
-        n = (item // blocks_t // blocks_p).to(tl.int64)
-        mask_t, mask_p = offs_t < T, offs_p < P
-        a_cells = a_ptr + n * stride_an + offs_p[None, :].to(tl.int64) * stride_ap
+    blocks = tl.cdiv(T, BLOCK_T)
+    for item in range(tl.program_id(0), N * P * blocks, tl.num_programs(0)):
+        offs_t = item % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+        p, n = (item // blocks % P).to(tl.int64), (item // blocks // P).to(tl.int64)
+        mask_t = offs_t < T
+        a_cell = a_ptr + n * stride_an + p * stride_ap
         w_rows = w_ptr + (n * T + offs_t[:, None]) * C
-        total = tl.zeros((BLOCK_T, MAP_C, MAP_P), tl.float32)
+        total = tl.zeros((BLOCK_T, MAP_C), tl.float32)
         for start in range(0, C, MAP_C):
             offs_c = start + tl.arange(0, MAP_C)
             mask_c = offs_c < C
-            a_ptrs = a_cells + offs_c[:, None].to(tl.int64) * stride_ac
-            a = tl.load(a_ptrs, mask=mask_c[:, None] & mask_p[None, :], other=0.0)
+            a = tl.load(a_cell + offs_c, mask=mask_c, other=0.0).to(tl.float32)
             w_ptrs = w_rows + offs_c[None, :]
             w = tl.load(w_ptrs, mask=mask_t[:, None] & mask_c[None, :], other=0.0)
-            total += w[:, :, None] * a.to(tl.float32)[None, :, :]
+            total += w * a[None, :]
         maps = tl.sum(total, axis=1)
         if RELU:
             maps = rectified(maps)
-        out_ptrs = out_ptr + (n * T + offs_t[:, None]) * P + offs_p[None, :]
-        tl.store(out_ptrs, maps, mask=mask_t[:, None] & mask_p[None, :])
+        tl.store(out_ptr + (n * T + offs_t) * P + p, maps, mask=mask_t)
 
 
 @dataclass(frozen=True)
@@ -322,12 +312,14 @@ class Room:
 
 def fits_phases(activations: Tensor, weight: Tensor) -> bool:
     """Whether the phases take these operands: blocks of whole rows and of whole columns of W fit in
-    the registers of a program, cells have one stride, and rows of W lie one after the other.
+    the registers of a program, and neighbouring channels of A and of W are neighbours in memory.
+    Where cells are instead, the channels of one cell lie far apart.
     """
     k, c = weight.shape
     return (
         weight.stride(1) == 1
         and weight.stride(0) >= c
+        and activations.stride(1) == 1
         and flat_cells(activations)
         and min(k, activations.numel()) > 0
         and _some(c, 8) >= 8
@@ -372,13 +364,11 @@ def plan_phases(
     t, k, p = room.chosen.shape[1], len(weight), height * width
     mode, coldness = contrast_mode(temperature, None)
     block_t, some_k, some_c = min(power_of_two(t), 8), _some(c, 8), _some(k, 16)
-    # Whole runs of channels of one cell; where cells lie closest, 16 of them are a run.
-    map_p = min(16, power_of_two(p)) if cells_first(activations) else 1
     items = (
         n * ceil_div(c, some_c),
         ceil_div(k, some_k),
         ceil_div(c, some_c),
-        n * ceil_div(p, map_p) * ceil_div(t, block_t),
+        n * p * ceil_div(t, block_t),
     )
     arguments = {
         **{"a_ptr": activations, "weight_ptr": weight, "bias_ptr": bias, "targets_ptr": targets},
@@ -386,7 +376,7 @@ def plan_phases(
         **{"out_ptr": room.maps, "chosen_ptr": room.chosen, "scores_ptr": room.scores},
         "arrived_ptr": room.arrived,
         **{"N": n, "T": t, "C": c, "P": p, "K": k, "coldness": coldness},
-        **{"stride_an": activations.stride(0), "stride_ac": activations.stride(1)},
+        "stride_an": activations.stride(0),
         **{"stride_ap": activations.stride(3) if width > 1 else activations.stride(2)},
         "stride_wk": weight.stride(0),
     }
@@ -394,7 +384,7 @@ def plan_phases(
         **{"MODE": mode, "RELU": relu, "BLOCK_T": block_t},
         **{"ALL_C": max(16, power_of_two(c)), "ALL_K": max(16, power_of_two(k))},
         **{"SOME_C": some_c, "SOME_K": some_k, "MEAN_P": min(_MEAN_CELLS, power_of_two(p))},
-        **{"MAP_C": min(_MAP_TILE // map_p, power_of_two(c)), "MAP_P": map_p},
+        "MAP_C": min(_MAP_CHANNELS if t == 1 else _MAPS_CHANNELS, power_of_two(c)),
     }
     processors = device_of(activations).processors
     return [

@@ -9,7 +9,7 @@ whole. By its dtype and the number of rows:
   share of the sum too where columns alone are too few programs; shares are added afterwards.
 - half precision, more rows: each row is scaled by a power of two and split into pieces of M's
   dtype, whose sum is the row up to float32's own precision. The library multiplies all pieces in
-  one product with a float32 result, and the results are added.
+  one product with a float32 result, a long sum in chunks, and the results are added.
 - float32, more rows: the library's product.
 
 Bytes: M once, the rows for each block of columns, the result once. FLOP: 2 R D E.
@@ -24,8 +24,7 @@ from torch import Tensor
 
 from diffcam_kernels.gpu.launch import Launch, ceil_div, device_of, power_of_two
 
-# Each row has an accumulator for each element of a tile; the library multiplies more rows, which it
-# has a product of this precision for, so that few are enough to leave to it.
+# Each row has an accumulator for each element of a tile: more rows are faster in the library.
 FEW_ROWS = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 1}
 # Elements of a tile over 128 threads.
 _TILE = 2048
@@ -33,8 +32,9 @@ _TILE = 2048
 _PROGRAMS = 8
 # Pieces that hold the 24 bits of float32, or 22: float16 has 11 each, bfloat16 8.
 _PIECES = {torch.float16: 2, torch.bfloat16: 3}
-# The library reads rows fast that begin at a multiple of 16 bytes.
-_ALIGNED = 8
+# A long sum is faster in chunks, and rounded less. The library reads rows fast that begin at a
+# multiple of 16 bytes, so that chunks do, too.
+_CHUNK, _ALIGNED = 6144, 8
 _SPLIT_BLOCK, _JOIN_BLOCK = 2048, 1024
 
 
@@ -139,7 +139,7 @@ def join_kernel(
 def joined(y_ptr, unscale_ptr, pid_r, offs_e, mask_e, R, E, PARTS: tl.constexpr):
     """The sum of the parts of some columns of one row."""
     total = tl.zeros(offs_e.shape, tl.float32)
-    # The smallest piece, which is the last one, first.
+    # Of pieces, the smallest, which is the last one, first.
     for number in range(PARTS):
         y_row = y_ptr + ((PARTS - 1 - number) * R + pid_r) * E
         total += tl.load(y_row + offs_e, mask=mask_e, other=0.0)
@@ -165,23 +165,27 @@ def multiply(x: Tensor, matrix: Tensor) -> Parts:
     """The product of x (R, D) float32, contiguous, and M (D, E), in parts."""
     r, d = x.shape
     if r <= FEW_ROWS.get(matrix.dtype, 0):
-        y = x.new_empty((shares_of(r, matrix), r, matrix.shape[1]))
+        y = x.new_empty((shares_of(matrix), r, matrix.shape[1]))
         plan_rows_product(x, matrix, None, y).run()
         return Parts(y)
     if matrix.dtype not in _PIECES:
         return Parts(torch.mm(x, matrix.to(torch.float32))[None])
-    pieces, wide = _PIECES[matrix.dtype], ceil_div(d, _ALIGNED) * _ALIGNED
-    split = x.new_empty((pieces, r, wide), dtype=matrix.dtype)[:, :, :d]
+    pieces, chunks = _PIECES[matrix.dtype], max(1, ceil_div(d, _CHUNK))
+    length = ceil_div(d, chunks * _ALIGNED) * _ALIGNED
+    split = x.new_empty((pieces, r, chunks * length), dtype=matrix.dtype)[:, :, :d]
     unscale = x.new_empty(r)
     plan_split(x, split, unscale).run()
-    y = _half_product(split.flatten(0, 1), matrix).view(pieces, r, matrix.shape[1])
-    return Parts(y, unscale)
+    y = x.new_empty((chunks, pieces * r, matrix.shape[1]))
+    for number in range(chunks):
+        terms = slice(number * length, (number + 1) * length)
+        _half_product(split.flatten(0, 1)[:, terms], matrix[terms], y[number])
+    return Parts(y.view(chunks * pieces, r, matrix.shape[1]), unscale)
 
 
 def fill_product(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tensor) -> None:
     """Fills out (R, E), contiguous, from x (R, D) float32, contiguous, and M (D, E)."""
     few = len(x) <= FEW_ROWS.get(matrix.dtype, 0)
-    if few and shares_of(len(x), matrix) == 1:
+    if few and shares_of(matrix) == 1:
         plan_rows_product(x, matrix, shift, out[None]).run()
     elif few or matrix.dtype in _PIECES or shift is None:
         plan_join(multiply(x, matrix), shift, out).run()
@@ -189,7 +193,7 @@ def fill_product(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tensor) -
         torch.addmm(shift.to(torch.float32), x, matrix.to(torch.float32), out=out)
 
 
-def shares_of(rows: int, matrix: Tensor) -> int:
+def shares_of(matrix: Tensor) -> int:
     """Into how many shares a sum of few rows is split: as many as keep the device busy.
 
     Never where the sum runs along memory: a column is then a program's own run.
@@ -197,25 +201,23 @@ def shares_of(rows: int, matrix: Tensor) -> int:
     d, e = matrix.shape
     if _sums_along_memory(matrix):
         return 1
-    block_d, block_e = _tile(rows, matrix)
+    block_d, block_e = _tile(matrix)
     wanted = _PROGRAMS * device_of(matrix).processors // max(1, ceil_div(e, block_e))
     # A share of fewer than four tiles is not worth another term of the last sum.
     return max(1, min(wanted, d // (4 * block_d)))
 
 
-def _tile(rows: int, matrix: Tensor) -> tuple[int, int]:
+def _tile(matrix: Tensor) -> tuple[int, int]:
     """(BLOCK_D, BLOCK_E): the axis that lies closest in memory takes 256 bytes or more of it."""
     d, e = (power_of_two(size) for size in matrix.shape)
-    # More accumulators would spill.
-    size = _TILE if rows <= 2 else _TILE // 2
     if not _sums_along_memory(matrix):
         block_e = min(e, 128)
-        return min(size // block_e, d), block_e
+        return min(_TILE // block_e, d), block_e
     # Every program reads all rows: the more columns it has for them the better, as long as there
     # are programs enough.
-    many = matrix.shape[1] * 512 >= 4 * device_of(matrix).processors * size
+    many = matrix.shape[1] * 512 >= 4 * device_of(matrix).processors * _TILE
     block_d = min(d, 512 if many else 1024)
-    return block_d, min(size // block_d, e)
+    return block_d, min(_TILE // block_d, e)
 
 
 def _sums_along_memory(matrix: Tensor) -> bool:
@@ -226,7 +228,7 @@ def plan_rows_product(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tens
     """The launch that fills out (shares, R, E) from x (R, D) and M (D, E)."""
     (r, d), e = x.shape, matrix.shape[1]
     block_r = power_of_two(r)
-    block_d, block_e = _tile(r, matrix)
+    block_d, block_e = _tile(matrix)
     return Launch(
         rows_product_kernel,
         (ceil_div(e, block_e) * len(out),),
@@ -272,9 +274,9 @@ def plan_join(parts: Parts, shift: Tensor | None, out: Tensor) -> Launch:
     )
 
 
-def _half_product(x: Tensor, matrix: Tensor) -> Tensor:
+def _half_product(x: Tensor, matrix: Tensor, out: Tensor) -> None:
     """The float32 product of half-precision operands; PyTorch has it on CUDA only."""
     if x.device.type == "cuda":
-        product: Tensor = torch.mm(x, matrix, out_dtype=torch.float32)
-        return product
-    return x.to(torch.float32) @ matrix.to(torch.float32)
+        torch.mm(x, matrix, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(x.to(torch.float32), matrix.to(torch.float32), out=out)
