@@ -302,6 +302,161 @@ def test_head_cam(asked: bool, biased: bool) -> None:
         check(found[i], exact[i], eager[i])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("rows", [1, 3, 11])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_product(dtype: torch.dtype, rows: int, transposed: bool, shifted: bool) -> None:
+    from diffcam_kernels.gpu.product import fill_product
+
+    x = random(rows, 300) * 10.0 ** integers(9, rows, 1).sub(4)
+    matrix = random(70, 300, dtype=dtype).T if transposed else random(300, 70, dtype=dtype)
+    shift = random(70, dtype=dtype) if shifted else None
+    found = x.new_empty(rows, 70)
+    fill_product(x, matrix, shift, found)
+    # Row by row: each has a scale of its own.
+    for row in range(rows):
+        exact = x[row].double() @ matrix.double() + (0 if shift is None else shift.double())
+        eager = x[row] @ matrix.float() + (0 if shift is None else shift.float())
+        check(found[row], exact, eager)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5, math.inf])
+@pytest.mark.parametrize("logit", [0.0, 60.0, -math.inf, math.nan])
+def test_targets_of_one_image_share_a_product(temperature: float | None, logit: float) -> None:
+    z, weight = random(4, 4), random(4, 6)
+    z[:, 1] = logit
+    # One twice, all of the classes, a single one, and no target that is far above all others.
+    targets = torch.tensor(
+        [[1, 1, 2, 1], [3, 1, 0, 2], [1, 1, 1, 1], [2, 3, 3, 2]], device=z.device
+    )
+    found = ops.contrast_channel_weights(z, weight, 3, targets, temperature)
+    d = reference.contrast_gradient(z, targets, temperature)
+    exact = reference.channel_weights(*double(d, weight), 3)
+    check(found[0], exact, reference.channel_weights(d, weight, 3))
+    check(found[2], reference.contrast_score(z.double(), d.double()))
+
+
+@pytest.mark.parametrize("terms", [33, 48, 1000])
+def test_products_of_long_sums_are_in_chunks(terms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffcam_kernels.gpu import product
+
+    monkeypatch.setattr(product, "_CHUNK", 32)
+    x, matrix = random(5, terms), random(terms, 6, dtype=torch.float16)
+    found = x.new_empty(5, 6)
+    product.fill_product(x, matrix, None, found)
+    check(found, x.double() @ matrix.double(), x @ matrix.float())
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+def test_product_of_what_is_no_number(rows: int) -> None:
+    from diffcam_kernels.gpu.product import fill_product
+
+    x, matrix = random(rows, 5), random(5, 4, dtype=torch.float16).abs() + 1
+    x[0, 1], x[-1, 2] = math.inf, math.nan if rows > 1 else math.inf
+    found = x.new_empty(rows, 4)
+    fill_product(x, matrix, None, found)
+    assert (found[0] == math.inf).all()
+    assert rows == 1 or found[-1].isnan().all()
+    x[:] = 0
+    fill_product(x, matrix, None, found)
+    assert (found == 0).all()
+
+
+@pytest.fixture
+def phased(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CAM head of up to 80 targets goes through phases."""
+    from diffcam_kernels.gpu import head
+
+    monkeypatch.setattr(head, "PHASES_ROWS", 80)
+
+
+@pytest.mark.usefixtures("phased")
+@pytest.mark.parametrize(
+    ("temperature", "targets"), list(zip([None, 0.0, 1.0, math.inf], [0, 1, 9, 0], strict=True))
+)
+def test_head_cam_in_phases(temperature: float | None, targets: int) -> None:
+    a = random(2, 37, 5, 4, layout="channels_last")
+    weight, bias = random(50, 37), random(50)
+    operands = (bias, integers(50, 2, targets) if targets else None)
+    found = ops.head_cam(a, weight, *operands, temperature, False)
+    exact = reference.head_cam(*double(a, weight, *operands), temperature, False)
+    eager = reference.head_cam(a, weight, *operands, temperature, False)
+    assert torch.equal(found[2], exact[2])
+    for i in (0, 1, 3):
+        check(found[i], exact[i], eager[i])
+
+
+@pytest.mark.usefixtures("phased")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_phases_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    a = random(5, 37, 5, 4, dtype=dtype, layout="channels_last")
+    weight, targets = random(50, 37, dtype=dtype), integers(50, 5, 3)
+    whole = ops.head_cam(a, weight, None, targets, 1.0, True)
+    check(whole[1], reference.head_cam(*double(a, weight, None, targets), 1.0, True)[1])
+    alone = ops.head_cam(a[3:4], weight, None, targets[3:4], 1.0, True)
+    for one, of_all in zip(alone, whole, strict=True):
+        assert torch.equal(one[0], of_all[3])
+
+
+def test_phases_are_for_few_images_of_small_heads(phased: None) -> None:
+    from diffcam_kernels.gpu.head import in_phases
+
+    def fits(
+        n: int, k: int, c: int, reference: Tensor | None = None, *, cells_first: bool = False
+    ) -> bool:
+        a, weight = (torch.empty(s, device="meta") for s in ((n, 7, 7, c), (k, c)))
+        a = a.mT.contiguous().mT if cells_first else a
+        return in_phases(a.movedim(3, 1), weight, 10, reference, None)
+
+    assert fits(1, 1000, 2048) and fits(8, 10, 37)
+    assert not fits(9, 1000, 2048)
+    assert not fits(1, 21841, 2048)
+    assert not fits(1, 1000, 4096)
+    assert not fits(0, 1000, 2048)
+    assert not fits(1, 1000, 2048, torch.empty(1))
+    assert not fits(1, 1000, 2048, cells_first=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("phased")
+@pytest.mark.parametrize("n", [1, 8])
+def test_programs_that_wait_for_each_other_give_the_same_each_time(n: int) -> None:
+    a, weight = random(n, 2048, 7, 7, layout="channels_last"), random(1000, 2048)
+    expected = reference.head_cam(*double(a, weight, None, None), 1.0, True)
+    ops.head_cam(a, weight, None, None, 1.0, True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.head_cam(a, weight, None, None, 1.0, True)
+    graph.replay()
+    first = [found.clone() for found in captured]
+    for i in (0, 1, 3):
+        check(first[i], expected[i])
+    for _ in range(1000):
+        graph.replay()
+    for again in (captured, ops.head_cam(a, weight, None, None, 1.0, True)):
+        assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("phased")
+def test_two_streams_wait_apart() -> None:
+    weight = random(1000, 2048)
+    inputs = [random(2, 2048, 7, 7, layout="channels_last") for _ in range(2)]
+    expected = [ops.head_cam(a, weight, None, None, 1.0, True) for a in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        found = []
+        for stream, a in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(ops.head_cam(a, weight, None, None, 1.0, True))
+        torch.cuda.synchronize()
+        for ours, alone in zip(found, expected, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(ours, alone, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(2, 40, 7, 7), (1, 5, 8, 8), (2, 3, 1, 1), (1, 6, 9, 13)])
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS[:3])

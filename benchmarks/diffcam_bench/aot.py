@@ -21,13 +21,17 @@ from diffcam_bench.compiled import compile_launch
 from diffcam_bench.rows import read_rows
 from diffcam_kernels.gpu import (
     cellwise,
+    channel_weights,
     contrast,
     eigen,
     gradient,
+    head_phases,
     heatmap,
     means,
+    mixture,
     pooled,
     preprocess,
+    product,
     spans,
     weighted,
 )
@@ -86,6 +90,8 @@ def _operators() -> Iterator[tuple[str, str, bool, list[Launch]]]:
     yield from _gradients()
     yield from _pooled()
     yield from _contrasts()
+    yield from _products()
+    yield from _heads()
     yield from _pictures()
 
 
@@ -147,12 +153,68 @@ def _contrasts() -> Iterator[tuple[str, str, bool, list[Launch]]]:
             d, w, weight = _empty(n, t, k), _empty(n, t, c), _empty(k, c)
             plan = contrast.plan_contrast_gradient(z, *operands, d, chosen, scores)
             yield "contrast_gradient", name, False, [plan]
-            if n * t == 1:
-                plan = contrast.plan_contrast_channel_weights(
+            if channel_weights.is_fused(z, chosen):
+                plan = channel_weights.plan_contrast_channel_weights(
                     z, weight, 49, *operands, w, chosen, scores
                 )
                 # W is what it reads most of; 10 rows of it do not fill a program's threads.
                 yield "contrast_channel_weights", name, k > 10, [plan]
+                continue
+            a = b = None
+            if mixture.shares_rows(t, *operands[1:]):
+                e, a, b = _empty(n, k), _empty(n, t), _empty(n, t, t)
+                plan = mixture.plan_shared(z, asked, temperature, e, a, b, chosen, scores)
+                yield "shared", name, False, [plan]
+            parts = product.Parts(_empty(2, n * t if a is None else n, c), _empty(n))
+            plan = mixture.plan_mixture(parts, weight, 49, chosen, a, b, w)
+            yield "mixture", name, True, [plan]
+
+
+def _products() -> Iterator[tuple[str, str, bool, list[Launch]]]:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        weight = _empty(1000, 2048, dtype=dtype)
+        bias = _empty(1000, dtype=dtype)
+        for rows in range(1, product.FEW_ROWS[dtype] + 1):
+            name = f"R={rows} K=1000 C=2048 {str(dtype).removeprefix('torch.')}"
+            for what, matrix, shift in (("logits", weight.mT, bias), ("weights", weight, None)):
+                x, e = _empty(rows, len(matrix)), matrix.shape[1]
+                out = _empty(product.shares_of(matrix), rows, e)
+                plan = product.plan_rows_product(x, matrix, shift, out)
+                yield "rows_product", f"{name} {what}", True, [plan]
+        if dtype != torch.float32:
+            name = f"R=320 K=1000 C=2048 {str(dtype).removeprefix('torch.')}"
+            number = 2 if dtype == torch.float16 else 3
+            x, pieces, unscale = (
+                _empty(320, 2048),
+                _empty(number, 320, 2048, dtype=dtype),
+                _empty(320),
+            )
+            parts = product.Parts(_empty(number, 320, 1000), unscale)
+            out = _empty(320, 1000)
+            plans = [product.plan_split(x, pieces, unscale)]
+            yield "split", name, True, plans
+            yield "join", name, False, [product.plan_join(parts, bias, out)]
+
+
+def _heads() -> Iterator[tuple[str, str, bool, list[Launch]]]:
+    for dtype, t in itertools.product((torch.float32, torch.float16), (1, 5)):
+        n, k, c, side = 2, 1000, 2048, 7
+        a, weight = _activation(n, c, side, dtype, "nhwc"), _empty(k, c, dtype=dtype)
+        bias, targets = _empty(k, dtype=dtype), _empty(n, t, dtype=torch.int64)
+        room = head_phases.Room(
+            means=_empty(n, c),
+            logits=_empty(n, k),
+            weights=_empty(n, t, c),
+            maps=_empty(n, t, side, side),
+            chosen=targets,
+            scores=_empty(n, t),
+            arrived=_empty(1, dtype=torch.int32),
+        )
+        name = f"K={k} C={c} T={t} {str(dtype).removeprefix('torch.')}"
+        plans = head_phases.plan_phases(
+            a, weight, bias, targets, 1.0, True, room, head_phases.TOGETHER
+        )
+        yield "head_cam", name, True, plans
 
 
 def _pictures() -> Iterator[tuple[str, str, bool, list[Launch]]]:
