@@ -466,6 +466,15 @@ def test_eigen_cam(shape: tuple[int, ...], center: bool, layout: str) -> None:
     check(ops.eigen_cam(a, center), expected, eager)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_eigen_cam_of_means_far_above_deviations(dtype: torch.dtype, layout: str) -> None:
+    a = random(2, 300, 7, 7, layout=layout) + 10 * random(2, 300, 1, 1)
+    a = a.to(dtype)
+    expected, eager = reference.eigen_cam(a.double(), True), reference.eigen_cam(a.float(), True)
+    check(ops.eigen_cam(a, True), expected, eager)
+
+
 def test_eigen_cam_of_nothing_and_of_nan() -> None:
     a = random(3, 4, 3, 3)
     a[0], a[1, 2, 0, 1] = 0, math.nan

@@ -11,8 +11,7 @@ to 1e-7 or so. The column of the largest diagonal entry is u.
 
 Means over the cells are subtracted from the Gram matrix, its rows and its columns, not from X: then
 no sum stands between a load and its product. So that means far above deviations lose no digits
-there, the first cell of each channel is subtracted before. Half precision does without: products
-are exact, in TF32 already, and the digits that may be lost A has lost when it was rounded.
+there, the first cell of each channel is subtracted before.
 
 More cells do not fit: PyTorch's batched products then do the same, on the smaller of X X^T and
 X^T X.
@@ -35,9 +34,9 @@ MAX_CELLS = 64
 _SQUARINGS = 24
 # Channels of a program: few, as one image has no others to fill the device.
 _RUN = 256
-# Bytes of a cell's channels in one product: with more, float32 runs out of registers. There are no
-# loads ahead of it, which were slower.
-_PRODUCT_BYTES = 128
+# Channels in one product: with more, registers run out. There are no loads ahead of it, which were
+# slower.
+_PRODUCT = 32
 _WARPS = 4
 
 
@@ -55,7 +54,6 @@ def gram_kernel(
     stride_aw,
     FLAT: tl.constexpr,
     CENTER: tl.constexpr,
-    EXACT: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -73,10 +71,10 @@ def gram_kernel(
     for start in range(0, tl.minimum(C - first, RUN), BLOCK_C):
         mask = mask_p[:, None] & (start + offs_c < C)[None, :]
         x = tl.load(a_ptrs, mask=mask, other=0.0).to(tl.float32)
-        if CENTER and not EXACT:
+        if CENTER:
             origin = tl.load(origin_ptrs, mask=start + offs_c < C, other=0.0)
             x = tl.where(mask_p[:, None], x - origin.to(tl.float32)[None, :], 0.0)
-        gram = tl.dot(x, tl.trans(x), gram, input_precision="tf32" if EXACT else "tf32x3")
+        gram = tl.dot(x, tl.trans(x), gram, input_precision="tf32x3")
         origin_ptrs += BLOCK_C * stride_ac
         a_ptrs += BLOCK_C * stride_ac
     offs = offs_p[:, None] * BLOCK_P + offs_p[None, :]
@@ -161,7 +159,6 @@ def plan_eigen_cam(activations: Tensor, parts: Tensor, maps: Tensor, center: boo
     """
     n, c, height, width = activations.shape
     runs, block_p = parts.shape[1:3]
-    size = activations.element_size()
     gram = Launch(
         gram_kernel,
         (n * runs,),
@@ -174,10 +171,9 @@ def plan_eigen_cam(activations: Tensor, parts: Tensor, maps: Tensor, center: boo
         {
             "FLAT": flat_cells(activations),
             "CENTER": center,
-            "EXACT": size == 2,
             "RUN": _RUN,
             # Matrix products take 16 rows and columns at least.
-            "BLOCK_C": min(max(power_of_two(c), 16), _PRODUCT_BYTES // size),
+            "BLOCK_C": min(max(power_of_two(c), 16), _PRODUCT),
             "BLOCK_P": block_p,
         },
         num_warps=_WARPS,
