@@ -74,8 +74,10 @@ def integers(high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor
     return torch.randint(high, shape, generator=GENERATOR, dtype=dtype).to(DEVICE)
 
 
-def check(found: Tensor, expected: Tensor, eager: Tensor | None = None) -> None:
-    """Same shape and NaN; as close to float64 as PyTorch comes, and `TOLERANCE` more."""
+def check(
+    found: Tensor, expected: Tensor, eager: Tensor | None = None, tolerance: float = TOLERANCE
+) -> None:
+    """Same shape and NaN; as close to float64 as PyTorch comes, and `tolerance` more."""
     assert found.shape == expected.shape
     assert found.dtype == torch.float32
     if not found.numel():
@@ -86,7 +88,7 @@ def check(found: Tensor, expected: Tensor, eager: Tensor | None = None) -> None:
     def error(values: Tensor) -> float:
         return float(((values.double() - expected).nan_to_num().abs() / scale).max())
 
-    assert error(found) <= (0.0 if eager is None else error(eager)) + TOLERANCE
+    assert error(found) <= (0.0 if eager is None else error(eager)) + tolerance
 
 
 def double(*operands: Tensor | None) -> list[Tensor | None]:
@@ -143,6 +145,7 @@ def test_weights_of_any_magnitude(dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layouts", [*zip(LAYOUTS, LAYOUTS, strict=True), LAYOUTS[:2]])
 def test_gradient_cam(reduction: str, shape: tuple[int, ...], layouts: tuple[str, str]) -> None:
+    # XGrad-CAM divides by sums of A. Signed, they come near 0, and no precision is enough.
     a = random(*shape, layout=layouts[0]).relu()
     g = random(shape[0], 3, *shape[1:], layout=layouts[1])
     expected = reference.gradient_cam(a.double(), g.double(), reduction, False)
@@ -472,7 +475,8 @@ def test_eigen_cam_of_means_far_above_deviations(dtype: torch.dtype, layout: str
     a = random(2, 300, 7, 7, layout=layout) + 10 * random(2, 300, 1, 1)
     a = a.to(dtype)
     expected, eager = reference.eigen_cam(a.double(), True), reference.eigen_cam(a.float(), True)
-    check(ops.eigen_cam(a, True), expected, eager)
+    # Noise has no component that stands out: its eigenvectors lie close, and turn at any rounding.
+    check(ops.eigen_cam(a, True), expected, eager, tolerance=1e-5)
 
 
 def test_eigen_cam_of_nothing_and_of_nan() -> None:
