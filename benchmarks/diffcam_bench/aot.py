@@ -20,14 +20,9 @@ from diffcam_bench.rows import read_rows
 CAPABILITIES = (80, 90, 100)
 # All launches are compiled for this one, what the tiles were measured on.
 MEASURED = 90
-# These kernels move a few registers by way of local memory on one architecture, never on sm_90.
-# Fewer loads in flight, or slower products, would cost everywhere.
-MAY_SPILL = {
-    ("eigen_cam", "resnet50 float32 nchw", "80"): 12,
-    ("pooled_cam", "layer3 float16 nchw T=1", "80"): 4,
-    ("pooled_cam", "resnet50 float16 nchw T=1", "80"): 4,
-    ("contrast_channel_weights", "N=1 T=1 K=1000 C=2048 temperature=None weights", "100"): 6,
-}
+# A phase keeps a tile of W in registers for all images. On sm_80 alone they are too few; a smaller
+# tile would cost where it was measured.
+MAY_SPILL = {("head_cam", "K=1000 C=2048 T=1 float32", "80"): 21}
 
 
 def compile_all(processes: int) -> list[dict[str, object]]:
