@@ -382,7 +382,8 @@ def plan_phases(
     }
     blocks = {
         **{"MODE": mode, "RELU": relu, "BLOCK_T": block_t},
-        **{"ALL_C": max(16, power_of_two(c)), "ALL_K": max(16, power_of_two(k))},
+        # A value for each thread at least: threads that hold copies of one would write it twice.
+        **{"ALL_C": max(32 * _WARPS, power_of_two(c)), "ALL_K": max(16, power_of_two(k))},
         **{"SOME_C": some_c, "SOME_K": some_k, "MEAN_P": min(_MEAN_CELLS, power_of_two(p))},
         "MAP_C": min(_MAP_CHANNELS if t == 1 else _MAPS_CHANNELS, power_of_two(c)),
     }
