@@ -30,8 +30,7 @@ def test_the_committed_table_covers_operators_and_architectures() -> None:
     rows = read_rows(results_folder() / "aot.csv")
     assert {row["sm"] for row in rows} == {"80", "90", "100"}
     named = {row["kernel"].partition(" ")[0] for row in rows}
-    # head_cam launches the kernels of others.
-    assert named == set(kernels.EAGER) - {"head_cam"}
+    assert named >= set(kernels.EAGER)
 
 
 def test_gates_object(tmp_path: Path) -> None:

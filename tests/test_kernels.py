@@ -24,6 +24,8 @@ TOLERANCE = 2e-6
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 HALVES = [torch.float16, torch.bfloat16]
 SHAPES = [(0, 3, 7, 7), (1, 37, 7, 7), (2, 5, 13, 9), (3, 64, 1, 1), (1, 70, 2, 9)]
+# Channels of more than one span, of few cells and of many; rows at multiples of 16 in both layouts.
+POOLED_SHAPES = [*SHAPES, (2, 150, 7, 7), (1, 144, 10, 13), (1, 80, 16, 12)]
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +74,10 @@ def integers(high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor
     return torch.randint(high, shape, generator=GENERATOR, dtype=dtype).to(DEVICE)
 
 
-def check(found: Tensor, expected: Tensor, eager: Tensor | None = None) -> None:
-    """Same shape and NaN; as close to float64 as PyTorch comes, and `TOLERANCE` more."""
+def check(
+    found: Tensor, expected: Tensor, eager: Tensor | None = None, tolerance: float = TOLERANCE
+) -> None:
+    """Same shape and NaN; as close to float64 as PyTorch comes, and `tolerance` more."""
     assert found.shape == expected.shape
     assert found.dtype == torch.float32
     if not found.numel():
@@ -84,14 +88,14 @@ def check(found: Tensor, expected: Tensor, eager: Tensor | None = None) -> None:
     def error(values: Tensor) -> float:
         return float(((values.double() - expected).nan_to_num().abs() / scale).max())
 
-    assert error(found) <= (0.0 if eager is None else error(eager)) + TOLERANCE
+    assert error(found) <= (0.0 if eager is None else error(eager)) + tolerance
 
 
 def double(*operands: Tensor | None) -> list[Tensor | None]:
     return [t.double() if t is not None and t.is_floating_point() else t for t in operands]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", POOLED_SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("targets", [1, 5, 9])
 def test_pooled_cam(shape: tuple[int, ...], layout: str, targets: int) -> None:
@@ -101,10 +105,47 @@ def test_pooled_cam(shape: tuple[int, ...], layout: str, targets: int) -> None:
     check(ops.pooled_cam(a, w, True), expected.relu(), reference.pooled_cam(a, w, True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("targets", [1, 3])
+@pytest.mark.parametrize("size", [(5, 7), (12, 16)])
+def test_pooled_cam_of_what_is_not_finite(
+    dtype: torch.dtype, layout: str, targets: int, size: tuple[int, int]
+) -> None:
+    a, w = random(2, 144, *size, dtype=dtype, layout=layout), random(2, targets, 144)
+    a[0, 3, 1, 1], a[0, 5, 4, 5], a[1, 143, 2, 2] = math.inf, math.nan, -math.inf
+    w[1, -1, 2] = math.inf
+    expected = reference.pooled_cam(a.double(), w.double(), False)
+    found = ops.pooled_cam(a, w, False)
+    infinite = expected.isinf()
+    assert infinite.any() and torch.equal(found[infinite].double(), expected[infinite])
+    check(found.masked_fill(infinite, 0), expected.masked_fill(infinite, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_weights_of_any_magnitude(dtype: torch.dtype, layout: str) -> None:
+    a, w = random(1, 304, 3, 3, dtype=dtype, layout=layout), random(1, 5, 304)
+    magnitudes = torch.tensor([0.0, 1e-40, 1e-20, 1e20, 1e35], device=DEVICE)
+    found = ops.pooled_cam(a, w * magnitudes[:, None], False)
+    for t in range(5):
+        expected = reference.pooled_cam(
+            a.double(), (w * magnitudes[:, None])[:, t : t + 1].double(), False
+        )
+        check(found[:, t : t + 1], expected)
+    # A channel far below the largest counts as float32 counts it.
+    w[0, 0], w[0, 0, :2] = 0, torch.tensor([1.0, 2.0**-18 * 1.2345], device=DEVICE)
+    a[:, 0] = 0
+    expected = reference.pooled_cam(a.double(), w.double(), False)[:, :1]
+    found = ops.pooled_cam(a, w, False)[:, :1]
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("reduction", reference.REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layouts", [*zip(LAYOUTS, LAYOUTS, strict=True), LAYOUTS[:2]])
 def test_gradient_cam(reduction: str, shape: tuple[int, ...], layouts: tuple[str, str]) -> None:
+    # XGrad-CAM divides by sums of A. Signed, they come near 0, and no precision is enough.
     a = random(*shape, layout=layouts[0]).relu()
     g = random(shape[0], 3, *shape[1:], layout=layouts[1])
     expected = reference.gradient_cam(a.double(), g.double(), reduction, False)
@@ -134,12 +175,43 @@ def test_half_precision(dtype: torch.dtype, layout: str) -> None:
     check(w, reference.channel_weights(d, weight.double(), 30))
 
 
-def test_more_cells_than_a_tile() -> None:
-    a, g = random(1, 3, 40, 41).relu(), random(1, 1, 3, 40, 41)
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 40, 41), (1, 2, 65, 64), (1, 2080, 2, 2), (17, 130, 3, 3)]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_cells_than_a_tile_and_many_spans(shape: tuple[int, ...], layout: str) -> None:
+    a, g = random(*shape, layout=layout).relu(), random(shape[0], 1, *shape[1:], layout=layout)
     for reduction in reference.REDUCTIONS:
         expected = reference.gradient_cam(a.double(), g.double(), reduction, False)
         eager = reference.gradient_cam(a, g, reduction, False)
         check(ops.gradient_cam(a, g, reduction, False), expected, eager)
+
+
+@pytest.mark.parametrize("reduction", ["layer_cam", "hires_cam"])
+def test_rows_that_begin_anywhere_are_read_as_runs(
+    reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffcam_kernels.gpu import cellwise
+
+    # So many maps that a program walks over several tiles; or a device that is that small.
+    monkeypatch.setattr(launch, "TYPICAL", launch.Device(processors=1, cache=0))
+    n = 2 if DEVICE == "cpu" else 2 * torch.cuda.get_device_properties(0).multi_processor_count
+    a, g = random(n, 260, 7, 7), random(n, 2, 260, 7, 7)
+    assert cellwise.plan_cellwise(a, g, reduction).kernel is cellwise.cellwise_runs_kernel
+    expected = reference.gradient_cam(a.double(), g.double(), reduction, True)
+    eager = reference.gradient_cam(a, g, reduction, True)
+    check(ops.gradient_cam(a, g, reduction, True), expected, eager)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 20, 40, 41)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_channel_means(shape: tuple[int, ...], layout: str) -> None:
+    from diffcam_kernels.gpu.means import plan_channel_means
+
+    a = random(*shape, layout=layout)
+    found = a.new_empty(a.shape[:2])
+    plan_channel_means(a, found).run()
+    check(found, a.double().mean(dim=(2, 3)), a.mean(dim=(2, 3)))
 
 
 def test_runs_of_images_that_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +220,10 @@ def test_runs_of_images_that_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> N
         launch, "device_of", lambda tensor: launch.Device(132, cache=2 * 4 * 9 * 4 * 2)
     )
     assert list(launch.image_chunks(whole)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    g = random(5, 2, 4, 3, 3)
-    check(
-        ops.gradient_cam(whole, g, "xgrad_cam", True),
-        reference.gradient_cam(whole.double(), g.double(), "xgrad_cam", True),
-        reference.gradient_cam(whole, g, "xgrad_cam", True),
-    )
+    weight = random(7, 4)
+    found = ops.head_cam(whole, weight, None, None, 1.0, True)
+    exact = reference.head_cam(*double(whole, weight), None, None, 1.0, True)
+    check(found[0], exact[0], reference.head_cam(whole, weight, None, None, 1.0, True)[0])
 
 
 TEMPERATURES = [None, 0.0, 1e-39, 1e-30, 0.3, 1.0, 1e39, math.inf]
@@ -235,6 +305,161 @@ def test_head_cam(asked: bool, biased: bool) -> None:
         check(found[i], exact[i], eager[i])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("rows", [1, 3, 11])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_product(dtype: torch.dtype, rows: int, transposed: bool, shifted: bool) -> None:
+    from diffcam_kernels.gpu.product import fill_product
+
+    x = random(rows, 300) * 10.0 ** integers(9, rows, 1).sub(4)
+    matrix = random(70, 300, dtype=dtype).T if transposed else random(300, 70, dtype=dtype)
+    shift = random(70, dtype=dtype) if shifted else None
+    found = x.new_empty(rows, 70)
+    fill_product(x, matrix, shift, found)
+    # Row by row: each has a scale of its own.
+    for row in range(rows):
+        exact = x[row].double() @ matrix.double() + (0 if shift is None else shift.double())
+        eager = x[row] @ matrix.float() + (0 if shift is None else shift.float())
+        check(found[row], exact, eager)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5, math.inf])
+@pytest.mark.parametrize("logit", [0.0, 60.0, -math.inf, math.nan])
+def test_targets_of_one_image_share_a_product(temperature: float | None, logit: float) -> None:
+    z, weight = random(4, 4), random(4, 6)
+    z[:, 1] = logit
+    # One twice, all of the classes, a single one, and no target that is far above all others.
+    targets = torch.tensor(
+        [[1, 1, 2, 1], [3, 1, 0, 2], [1, 1, 1, 1], [2, 3, 3, 2]], device=z.device
+    )
+    found = ops.contrast_channel_weights(z, weight, 3, targets, temperature)
+    d = reference.contrast_gradient(z, targets, temperature)
+    exact = reference.channel_weights(*double(d, weight), 3)
+    check(found[0], exact, reference.channel_weights(d, weight, 3))
+    check(found[2], reference.contrast_score(z.double(), d.double()))
+
+
+@pytest.mark.parametrize("terms", [33, 48, 1000])
+def test_products_of_long_sums_are_in_chunks(terms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffcam_kernels.gpu import product
+
+    monkeypatch.setattr(product, "_CHUNK", 32)
+    x, matrix = random(5, terms), random(terms, 6, dtype=torch.float16)
+    found = x.new_empty(5, 6)
+    product.fill_product(x, matrix, None, found)
+    check(found, x.double() @ matrix.double(), x @ matrix.float())
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+def test_product_of_what_is_no_number(rows: int) -> None:
+    from diffcam_kernels.gpu.product import fill_product
+
+    x, matrix = random(rows, 5), random(5, 4, dtype=torch.float16).abs() + 1
+    x[0, 1], x[-1, 2] = math.inf, math.nan if rows > 1 else math.inf
+    found = x.new_empty(rows, 4)
+    fill_product(x, matrix, None, found)
+    assert (found[0] == math.inf).all()
+    assert rows == 1 or found[-1].isnan().all()
+    x[:] = 0
+    fill_product(x, matrix, None, found)
+    assert (found == 0).all()
+
+
+@pytest.fixture
+def phased(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CAM head of up to 80 targets goes through phases."""
+    from diffcam_kernels.gpu import head
+
+    monkeypatch.setattr(head, "PHASES_ROWS", 80)
+
+
+@pytest.mark.usefixtures("phased")
+@pytest.mark.parametrize(
+    ("temperature", "targets"), list(zip([None, 0.0, 1.0, math.inf], [0, 1, 9, 0], strict=True))
+)
+def test_head_cam_in_phases(temperature: float | None, targets: int) -> None:
+    a = random(2, 37, 5, 4, layout="channels_last")
+    weight, bias = random(50, 37), random(50)
+    operands = (bias, integers(50, 2, targets) if targets else None)
+    found = ops.head_cam(a, weight, *operands, temperature, False)
+    exact = reference.head_cam(*double(a, weight, *operands), temperature, False)
+    eager = reference.head_cam(a, weight, *operands, temperature, False)
+    assert torch.equal(found[2], exact[2])
+    for i in (0, 1, 3):
+        check(found[i], exact[i], eager[i])
+
+
+@pytest.mark.usefixtures("phased")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_phases_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    a = random(5, 37, 5, 4, dtype=dtype, layout="channels_last")
+    weight, targets = random(50, 37, dtype=dtype), integers(50, 5, 3)
+    whole = ops.head_cam(a, weight, None, targets, 1.0, True)
+    check(whole[1], reference.head_cam(*double(a, weight, None, targets), 1.0, True)[1])
+    alone = ops.head_cam(a[3:4], weight, None, targets[3:4], 1.0, True)
+    for one, of_all in zip(alone, whole, strict=True):
+        assert torch.equal(one[0], of_all[3])
+
+
+def test_phases_are_for_few_images_of_small_heads(phased: None) -> None:
+    from diffcam_kernels.gpu.head import in_phases
+
+    def fits(
+        n: int, k: int, c: int, reference: Tensor | None = None, *, cells_first: bool = False
+    ) -> bool:
+        a, weight = (torch.empty(s, device="meta") for s in ((n, 7, 7, c), (k, c)))
+        a = a.mT.contiguous().mT if cells_first else a
+        return in_phases(a.movedim(3, 1), weight, 10, reference, None)
+
+    assert fits(1, 1000, 2048) and fits(8, 10, 37)
+    assert not fits(9, 1000, 2048)
+    assert not fits(1, 21841, 2048)
+    assert not fits(1, 1000, 4096)
+    assert not fits(0, 1000, 2048)
+    assert not fits(1, 1000, 2048, torch.empty(1))
+    assert not fits(1, 1000, 2048, cells_first=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("phased")
+@pytest.mark.parametrize("n", [1, 8])
+def test_programs_that_wait_for_each_other_give_the_same_each_time(n: int) -> None:
+    a, weight = random(n, 2048, 7, 7, layout="channels_last"), random(1000, 2048)
+    expected = reference.head_cam(*double(a, weight, None, None), 1.0, True)
+    ops.head_cam(a, weight, None, None, 1.0, True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.head_cam(a, weight, None, None, 1.0, True)
+    graph.replay()
+    first = [found.clone() for found in captured]
+    for i in (0, 1, 3):
+        check(first[i], expected[i])
+    for _ in range(1000):
+        graph.replay()
+    for again in (captured, ops.head_cam(a, weight, None, None, 1.0, True)):
+        assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("phased")
+def test_two_streams_wait_apart() -> None:
+    weight = random(1000, 2048)
+    inputs = [random(2, 2048, 7, 7, layout="channels_last") for _ in range(2)]
+    expected = [ops.head_cam(a, weight, None, None, 1.0, True) for a in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        found = []
+        for stream, a in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(ops.head_cam(a, weight, None, None, 1.0, True))
+        torch.cuda.synchronize()
+        for ours, alone in zip(found, expected, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(ours, alone, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(2, 40, 7, 7), (1, 5, 8, 8), (2, 3, 1, 1), (1, 6, 9, 13)])
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
@@ -244,11 +469,27 @@ def test_eigen_cam(shape: tuple[int, ...], center: bool, layout: str) -> None:
     check(ops.eigen_cam(a, center), expected, eager)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_eigen_cam_of_means_far_above_deviations(dtype: torch.dtype, layout: str) -> None:
+    a = random(2, 300, 7, 7, layout=layout) + 10 * random(2, 300, 1, 1)
+    a = a.to(dtype)
+    expected, eager = reference.eigen_cam(a.double(), True), reference.eigen_cam(a.float(), True)
+    # Noise has no component that stands out: its eigenvectors lie close, and turn at any rounding.
+    check(ops.eigen_cam(a, True), expected, eager, tolerance=1e-5)
+
+
 def test_eigen_cam_of_nothing_and_of_nan() -> None:
     a = random(3, 4, 3, 3)
     a[0], a[1, 2, 0, 1] = 0, math.nan
     maps = ops.eigen_cam(a, True)
     assert (maps[0] == 0).all() and maps[1].isnan().all() and maps[2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_eigen_cam_of_channels_of_one_value(dtype: torch.dtype) -> None:
+    a = random(1, 20, 1, 1, dtype=dtype).expand(1, 20, 5, 5)
+    assert (ops.eigen_cam(a, True) == 0).all()
 
 
 @pytest.mark.parametrize("size", [((7, 7), (20, 31)), ((1, 1), (3, 3)), ((40, 30), (17, 11))])
@@ -274,10 +515,11 @@ def test_heatmap_takes_any_view() -> None:
     check(ops.heatmap(maps, 9, 9), reference.heatmap(maps.double(), 9, 9))
 
 
-def test_overlay() -> None:
+@pytest.mark.parametrize("width", [18, 20, 32])
+def test_overlay(width: int) -> None:
     maps = random(2, 2, 7, 5)
     maps[1, 1, 0, 0] = math.nan
-    pictures = integers(256, 2, 23, 18, 3, dtype=torch.uint8)
+    pictures = integers(256, 2, 23, width, 3, dtype=torch.uint8)
     colours = integers(256, 256, 3, dtype=torch.uint8)
     found = ops.overlay(maps, pictures, colours, 100)
     expected = reference.overlay(maps, pictures, colours, 100)
@@ -290,8 +532,9 @@ def test_overlay() -> None:
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_preprocess(channels_last: bool, channels: int) -> None:
-    pictures = integers(256, 2, 9, 14, channels, dtype=torch.uint8)
+@pytest.mark.parametrize("width", [14, 16])
+def test_preprocess(channels_last: bool, channels: int, width: int) -> None:
+    pictures = integers(256, 2, 9, width, channels, dtype=torch.uint8)
     mean, std = [0.4, 0.5, 0.6, 0.1][:channels], [0.2, 0.3, 0.25, 1.0][:channels]
     for view in (pictures, pictures[:, ::2, 1:]):
         expected = reference.preprocess(view, mean, std, torch.float32, channels_last)
@@ -371,9 +614,9 @@ def test_programs_lie_along_the_axis_that_holds_them_all() -> None:
     a = torch.empty(1, device="meta").expand(70_000, 3, 300, 300)
     g, w = a[:, None], torch.empty(70_000, 1, 3, device="meta")
     maps = torch.empty(70_000, 1, 300, 300, device="meta")
-    plans = [pooled_kernel.plan_pooled_cam(a, w, maps, True)]
-    plans += gradient.plan_gradient_cam(a, g, "grad_cam", maps, w, True)
-    plans += gradient.plan_gradient_cam(a, g, "layer_cam", maps, w, True)
+    plans = pooled_kernel.plan_pooled_cam(a, w, maps, True)
+    plans += gradient.plan_gradient_cam(a, g, "grad_cam", maps, True)
+    plans += gradient.plan_gradient_cam(a, g, "layer_cam", maps, True)
     assert all(n < 2**16 for plan in plans for n in plan.grid[1:])
 
 
@@ -391,6 +634,8 @@ def test_no_channels_and_no_cells() -> None:
     w, targets, scores = ops.contrast_channel_weights(z, random(5, 0), 4, None, 1.0)
     assert w.shape == (2, 1, 0) and torch.equal(targets, reference.predicted(z))
     assert scores.isfinite().all()
+    assert (ops.pooled_cam(random(2, 0, 3, 3), random(2, 2, 0), True) == 0).all()
+    assert ops.pooled_cam(random(2, 4, 3, 3), random(2, 0, 4), True).shape == (2, 0, 3, 3)
     assert (ops.eigen_cam(random(2, 0, 3, 3), True) == 0).all()
     assert ops.eigen_cam(random(2, 4, 0, 3), True).shape == (2, 0, 3)
 
@@ -414,9 +659,11 @@ def test_operators_can_be_captured() -> None:
 
 
 def test_an_image_has_the_same_map_alone_and_in_a_batch_and_again() -> None:
-    a, g = random(4, 30, 7, 7), random(4, 2, 30, 7, 7)
+    a, g = random(4, 32, 7, 7), random(4, 2, 32, 7, 7)
+    last = torch.channels_last
     calls: list[Callable[[Tensor, Tensor], Tensor]] = [
         lambda a, g: ops.pooled_cam(a, g.mean(dim=(3, 4)), True),
+        lambda a, g: ops.pooled_cam(a.contiguous(memory_format=last), g.mean(dim=(3, 4)), True),
         lambda a, g: ops.gradient_cam(a, g, "layer_cam", True),
         lambda a, g: ops.gradient_cam(a, g, "grad_cam_pp", True),
         lambda a, g: ops.eigen_cam(a, True)[:, None],

@@ -127,8 +127,8 @@ def aot(write: bool, processes: int | None) -> None:
     """Compiles every kernel for sm_80, sm_90 and sm_100, without a GPU.
 
     Registers, spills, shared memory and the width of loads are compared with the committed table;
-    exit code 1 where they differ, where registers spill that need not (two kernels may, on sm_80),
-    or where a load is narrow without need.
+    exit code 1 where they differ, where registers spill that need not, or where a load is narrow
+    without need.
     """
     from diffcam_bench.aot import compile_all, complaints, differences
 

@@ -60,7 +60,11 @@ def compile_launch(launch: Launch, capability: int, *, aligned: bool = True) -> 
     kernel = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options={
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+            "launch_cooperative_grid": launch.cooperative,
+        },
     )
     sass = _disassembled(kernel.asm["cubin"])
     return Resources(

@@ -168,7 +168,8 @@ def operands(case: Case, device: str, generator: torch.Generator) -> Operands:
     if op == "heatmap":
         return maps, SIZE, SIZE, dtype
     if op == "overlay":
-        table = torch.arange(768, device=device).view(256, 3).to(torch.uint8)
+        # Smooth, as colour maps are: a heat on the border of two colours may take either.
+        table = torch.arange(256, device=device)[:, None].expand(256, 3).to(torch.uint8)
         return maps, pictures(), table, 128
     return pictures(), _MEAN, _STD, dtype, case.layout == "nhwc"
 

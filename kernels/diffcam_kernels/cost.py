@@ -39,9 +39,17 @@ def contrast_gradient(n: int, t: int, k: int, itemsize: int) -> Cost:
 
 
 def contrast_channel_weights(n: int, t: int, k: int, c: int, itemsize: int) -> Cost:
-    """Logits (N, K) and W (K, C) to w (N, T, C), targets and scores."""
+    """Logits (N, K) and W (K, C) to w (N, T, C), targets and scores.
+
+    All targets of an image contrast with all other classes, and so share its product with W.
+    """
     read = (n * k + k * c) * itemsize
-    return Cost(read + n * t * (c * _RESULT + _TARGET + _RESULT), 8 * n * t * k + 2 * n * t * k * c)
+    return Cost(read + n * t * (c * _RESULT + _TARGET + _RESULT), _shared_flops(n, t, k, c))
+
+
+def _shared_flops(n: int, t: int, k: int, c: int) -> int:
+    """The exponentials of an image, their product with W, and what each target has to correct."""
+    return 8 * n * k + 2 * n * k * c + 2 * n * t * t * c
 
 
 def pooled_cam(n: int, t: int, c: int, p: int, itemsize: int) -> Cost:
@@ -50,11 +58,14 @@ def pooled_cam(n: int, t: int, c: int, p: int, itemsize: int) -> Cost:
 
 
 def head_cam(n: int, t: int, c: int, p: int, k: int, itemsize: int) -> Cost:
-    """A (N, C, P) and W (K, C) to maps (N, T, P), logits, targets and scores."""
+    """A (N, C, P) and W (K, C) to maps (N, T, P), logits, targets and scores.
+
+    Targets share a product as in `contrast_channel_weights`.
+    """
     read = (n * c * p + k * c + k) * itemsize
     written = n * k * _RESULT + n * t * (p * _RESULT + _TARGET + _RESULT)
-    products = 2 * n * k * c + 2 * n * t * k * c
-    return Cost(read + written, n * c * p + products + 8 * n * t * k + 2 * n * t * c * p)
+    weights = 2 * n * k * c + _shared_flops(n, t, k, c)
+    return Cost(read + written, n * c * p + weights + 2 * n * t * c * p)
 
 
 _GRADIENT_FLOPS = {"layer_cam": 3, "hires_cam": 2, "grad_cam": 4, "xgrad_cam": 6, "grad_cam_pp": 10}
@@ -67,7 +78,7 @@ def gradient_cam(n: int, t: int, c: int, p: int, itemsize: int, reduction: str) 
 
 
 def eigen_cam(n: int, c: int, p: int, itemsize: int) -> Cost:
-    """A (N, C, P) to maps (N, P), by the Gram matrix of the smaller side and 24 squarings."""
+    """A (N, C, P) to maps (N, P), by the Gram matrix of the smaller side and up to 24 squarings."""
     side = min(c, p)
     return Cost(n * c * p * itemsize + n * p * _RESULT, 2 * n * c * p * side + 48 * n * side**3)
 

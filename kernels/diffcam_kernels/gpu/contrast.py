@@ -1,4 +1,4 @@
-"""contrast_gradient and contrast_channel_weights: from logits to d = e_c - q, or on to w = d W / P.
+"""contrast_gradient: from logits to d = e_c - q.
 
     q_j = exp((z_j - m) / temperature) / s,   m = max_{j != c} z_j,   s = sum_{j != c} of the same
 
@@ -6,11 +6,9 @@ Plan: a row is one target of one image. A first walk over its logits finds the a
 target is the prediction; a second one m, s and the score S, online as in a streaming softmax; a
 last one q. Only the first reads device memory: a row of 22,000 logits fits the nearest cache.
 
-`contrast_channel_weights` of a single row does not write d: a program owns a block of channels and
-multiplies each piece of d with W as it is made. More rows write d, which is small, and leave the
-product to the library, which reads W once for all of them and was measured to be faster.
+`channel_weights` and `head` build on the same device functions.
 
-Bytes: logits, W and the result once. FLOP: about 8 N T K, and 2 N T K C for the product.
+Bytes: logits and d once. FLOP: about 8 N T K.
 """
 
 from typing import Any
@@ -20,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffcam_kernels.gpu.launch import Launch, ceil_div, device_of, power_of_two, shrunk
+from diffcam_kernels.gpu.launch import Launch, ceil_div, power_of_two
 
 _ONE_HOT, _GIVEN, _MEAN, _RUNNER_UP, _SOFTMAX = 0, 1, 2, 3, 4
 ONE_HOT = tl.constexpr(_ONE_HOT)
@@ -32,7 +30,7 @@ SOFTMAX = tl.constexpr(_SOFTMAX)
 # Elements of a tile over 128 threads: of logits of several rows, whose addresses take registers of
 # their own, and of one row, or of W for it.
 _ROWS_TILE = 1024
-_ROW_TILE = 4096
+ROW_TILE = 4096
 
 
 @triton.jit
@@ -53,10 +51,11 @@ def contrast_gradient_kernel(
     stride_rt,
     stride_bn,
     MODE: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """This program computes BLOCK_R rows of d, with their targets and scores."""
+    """This program computes BLOCK_R rows of d, or of q instead, with their targets and scores."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < rows
     pid_n, pid_t = (offs_r // T).to(tl.int64), offs_r % T
@@ -66,96 +65,24 @@ def contrast_gradient_kernel(
         blend_ptrs += pid_n * stride_bn
     if reference_ptr is not None:
         reference_ptrs += pid_n * stride_rn + pid_t * stride_rt
-    target, broken = _targets(z_ptrs, targets_ptr, offs_r, mask_r, K, BLOCK_K)
-    m, s, rest = _row_sums(
+    target, broken = row_targets(z_ptrs, targets_ptr, offs_r, mask_r, K, BLOCK_K)
+    m, s, rest = row_sums(
         z_ptrs, reference_ptrs, blend_ptrs, mask_r, target, broken, K, coldness, MODE, BLOCK_K
     )
-    _store_scores(z_ptrs, chosen_ptr, scores_ptr, offs_r, mask_r, target, rest)
+    store_scores(z_ptrs, chosen_ptr, scores_ptr, offs_r, mask_r, target, rest)
     for start in range(0, K, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         inside = mask_r[:, None] & (offs_k < K)[None, :]
-        d = _gradient(
+        d = gradient_tile(
             z_ptrs, reference_ptrs, blend_ptrs, offs_k, inside, target, m, s, coldness, MODE
         )
+        if REST:
+            d = tl.where(offs_k[None, :] == target[:, None], 1.0, 0.0) - d
         tl.store(d_ptr + offs_r[:, None].to(tl.int64) * K + offs_k[None, :], d, mask=inside)
 
 
 @triton.jit
-def contrast_channel_weights_kernel(
-    z_ptr,  # (N, K) logits
-    targets_ptr,  # (N, T) int64, or None: the prediction
-    reference_ptr,  # (N, T, K) bool, or None: all classes
-    blend_ptr,  # (N, K) float32, q itself, or None
-    weight_ptr,  # (K, C) W, any strides
-    w_ptr,  # (N, T, C) float32, contiguous
-    chosen_ptr,  # (N, T) int64
-    scores_ptr,  # (N, T) float32
-    rows,
-    T,
-    K,
-    C,
-    cells,
-    coldness,
-    stride_zn,
-    stride_rn,
-    stride_rt,
-    stride_bn,
-    stride_wk,
-    stride_wc,
-    MODE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-):
-    """This program computes BLOCK_C channels of one row of w; the first one of the row also stores
-    its target and score.
-    """
-    offs_r = tl.program_id(0) + tl.arange(0, 1)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_r, mask_c = offs_r < rows, offs_c < C
-    pid_n, pid_t = (offs_r // T).to(tl.int64), offs_r % T
-    z_ptrs = z_ptr + pid_n * stride_zn
-    blend_ptrs, reference_ptrs = blend_ptr, reference_ptr
-    if blend_ptr is not None:
-        blend_ptrs += pid_n * stride_bn
-    if reference_ptr is not None:
-        reference_ptrs += pid_n * stride_rn + pid_t * stride_rt
-    target, broken = _targets(z_ptrs, targets_ptr, offs_r, mask_r, K, BLOCK_Z)
-    m, s, rest = _row_sums(
-        z_ptrs, reference_ptrs, blend_ptrs, mask_r, target, broken, K, coldness, MODE, BLOCK_Z
-    )
-    if tl.program_id(1) == 0:
-        _store_scores(z_ptrs, chosen_ptr, scores_ptr, offs_r, mask_r, target, rest)
-    total = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-    offs_w = offs_c[None, :].to(tl.int64) * stride_wc
-    for start in range(0, K, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        weight = tl.load(
-            weight_ptr + offs_k[:, None].to(tl.int64) * stride_wk + offs_w,
-            mask=mask_k[:, None] & mask_c[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        d = _gradient(
-            z_ptrs,
-            reference_ptrs,
-            blend_ptrs,
-            offs_k,
-            mask_r[:, None] & mask_k[None, :],
-            target,
-            m,
-            s,
-            coldness,
-            MODE,
-        )
-        total += tl.trans(d) * weight
-    w = tl.sum(total, axis=0)[None, :] / cells
-    w_ptrs = w_ptr + offs_r[:, None].to(tl.int64) * C + offs_c[None, :]
-    tl.store(w_ptrs, w, mask=mask_r[:, None] & mask_c[None, :])
-
-
-@triton.jit
-def _targets(z_ptrs, targets_ptr, offs_r, mask_r, K, BLOCK_K: tl.constexpr):
+def row_targets(z_ptrs, targets_ptr, offs_r, mask_r, K, BLOCK_K: tl.constexpr):
     """The target of each row, and whether a logit of the row is NaN."""
     best = tl.full(offs_r.shape, -float("inf"), tl.float32)
     target = tl.zeros(offs_r.shape, tl.int32)
@@ -191,7 +118,7 @@ def _others(z_ptrs, reference_ptrs, offs_k, inside, target):
 
 
 @triton.jit
-def _row_sums(
+def row_sums(
     z_ptrs,
     reference_ptrs,
     blend_ptrs,
@@ -245,7 +172,7 @@ def _row_sums(
 
 
 @triton.jit
-def _gradient(
+def gradient_tile(
     z_ptrs,
     reference_ptrs,
     blend_ptrs,
@@ -277,14 +204,14 @@ def _gradient(
 
 
 @triton.jit
-def _store_scores(z_ptrs, chosen_ptr, scores_ptr, offs_r, mask_r, target, rest):
+def store_scores(z_ptrs, chosen_ptr, scores_ptr, offs_r, mask_r, target, rest):
     """Targets, and S = z_c - sum_j q_j z_j."""
     z = tl.load(z_ptrs + target, mask=mask_r & (target >= 0), other=float("nan")).to(tl.float32)
     tl.store(chosen_ptr + offs_r, target.to(tl.int64), mask=mask_r)
     tl.store(scores_ptr + offs_r, z - rest, mask=mask_r)
 
 
-def _mode(temperature: float | None, blend: Tensor | None) -> tuple[int, float]:
+def contrast_mode(temperature: float | None, blend: Tensor | None) -> tuple[int, float]:
     """The mode, and 1 / temperature where it counts."""
     if blend is not None:
         return _GIVEN, 0.0
@@ -298,7 +225,7 @@ def _mode(temperature: float | None, blend: Tensor | None) -> tuple[int, float]:
     return _SOFTMAX, min(1 / temperature, torch.finfo(torch.float32).max)
 
 
-def _operands(
+def contrast_operands(
     logits: Tensor,
     targets: Tensor | None,
     temperature: float | None,
@@ -308,7 +235,7 @@ def _operands(
     scores: Tensor,
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Arguments that both kernels take, before and after their own, and the mode."""
-    mode, coldness = _mode(temperature, blend)
+    mode, coldness = contrast_mode(temperature, blend)
     before = {
         "z_ptr": logits,
         "targets_ptr": targets,
@@ -339,64 +266,23 @@ def plan_contrast_gradient(
     d: Tensor,
     chosen: Tensor,
     scores: Tensor,
+    *,
+    rest: bool = False,
 ) -> Launch:
-    """The launch that fills d (N, T, K), targets and scores (N, T).
+    """The launch that fills d (N, T, K), or q with `rest`, targets and scores (N, T).
 
     Classes lie one after the other in the logits, the reference and the blend.
     """
-    tensors, numbers, mode = _operands(
+    tensors, numbers, mode = contrast_operands(
         logits, targets, temperature, reference, blend, chosen, scores
     )
-    block_k = min(power_of_two(logits.shape[1]), _ROW_TILE)
+    block_k = min(power_of_two(logits.shape[1]), ROW_TILE)
     block_r = min(max(_ROWS_TILE // block_k, 1), 8, power_of_two(chosen.numel()))
     return Launch(
         contrast_gradient_kernel,
         (ceil_div(chosen.numel(), block_r),),
         {**tensors, "d_ptr": d, **numbers},
-        {"MODE": mode, "BLOCK_R": block_r, "BLOCK_K": block_k},
-    )
-
-
-def plan_contrast_channel_weights(
-    logits: Tensor,
-    weight: Tensor,
-    cells: int,
-    targets: Tensor | None,
-    temperature: float | None,
-    reference: Tensor | None,
-    blend: Tensor | None,
-    w: Tensor,
-    chosen: Tensor,
-    scores: Tensor,
-) -> Launch:
-    """The launch that fills w (N, T, C), targets and scores (N, T), reading W once for each row."""
-    tensors, numbers, mode = _operands(
-        logits, targets, temperature, reference, blend, chosen, scores
-    )
-    rows, c = chosen.numel(), weight.shape[1]
-    # A matrix product takes 16 rows at least.
-    processors = device_of(logits).processors
-    block_c = min(64, max(16, power_of_two(c)))
-    block_c = shrunk(block_c, 16, c, rows, processors)
-    return Launch(
-        contrast_channel_weights_kernel,
-        (rows, max(1, ceil_div(c, block_c))),
-        {
-            **tensors,
-            "weight_ptr": weight,
-            "w_ptr": w,
-            **numbers,
-            "C": c,
-            "cells": cells,
-            "stride_wk": weight.stride(0),
-            "stride_wc": weight.stride(1),
-        },
-        {
-            "MODE": mode,
-            "BLOCK_K": min(_ROW_TILE // block_c, max(16, power_of_two(logits.shape[1]))),
-            "BLOCK_C": block_c,
-            "BLOCK_Z": min(_ROW_TILE, power_of_two(logits.shape[1])),
-        },
+        {"MODE": mode, "REST": rest, "BLOCK_R": block_r, "BLOCK_K": block_k},
     )
 
 
@@ -411,55 +297,10 @@ def contrast_gradient(
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     targets = None if targets is None else targets.contiguous()
     reference, blend = class_by_class(reference, blend)
-    chosen, scores = _chosen_and_scores(logits, targets)
+    chosen, scores = chosen_and_scores(logits, targets)
     d = torch.empty((*chosen.shape, logits.shape[1]), dtype=torch.float32, device=logits.device)
     plan_contrast_gradient(logits, targets, temperature, reference, blend, d, chosen, scores).run()
     return d, chosen, scores
-
-
-def contrast_channel_weights(
-    logits: Tensor,
-    weight: Tensor,
-    cells: int,
-    targets: Tensor | None,
-    temperature: float | None,
-    reference: Tensor | None,
-    blend: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `diffcam_kernels.reference.channel_weights`; also the targets, and the scores S."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    targets = None if targets is None else targets.contiguous()
-    reference, blend = class_by_class(reference, blend)
-    chosen, scores = _chosen_and_scores(logits, targets)
-    w = scores.new_empty((*chosen.shape, weight.shape[1]))
-    fill_channel_weights(
-        logits, weight, cells, targets, temperature, reference, blend, w, chosen, scores
-    )
-    return w, chosen, scores
-
-
-def fill_channel_weights(
-    logits: Tensor,
-    weight: Tensor,
-    cells: int,
-    targets: Tensor | None,
-    temperature: float | None,
-    reference: Tensor | None,
-    blend: Tensor | None,
-    w: Tensor,
-    chosen: Tensor,
-    scores: Tensor,
-) -> None:
-    """Fills w (N, T, C), targets and scores (N, T), by the plan for so many rows."""
-    operands = (targets, temperature, reference, blend)
-    if chosen.numel() <= 1:
-        plan_contrast_channel_weights(logits, weight, cells, *operands, w, chosen, scores).run()
-        return
-    d = scores.new_empty((*chosen.shape, logits.shape[1]))
-    plan_contrast_gradient(logits, *operands, d, chosen, scores).run()
-    rows, product = w.flatten(0, 1), weight.detach().to(torch.float32)
-    # beta = 0: what is in the rows takes no part.
-    torch.addmm(rows, d.flatten(0, 1), product, beta=0, alpha=1 / cells, out=rows)
 
 
 def class_by_class(
@@ -474,7 +315,8 @@ def class_by_class(
     return reference, blend
 
 
-def _chosen_and_scores(logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+def chosen_and_scores(logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Room for targets and scores (N, T)."""
     shape = (logits.shape[0], 1) if targets is None else tuple(targets.shape)
     return (
         torch.empty(shape, dtype=torch.int64, device=logits.device),

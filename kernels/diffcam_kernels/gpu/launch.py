@@ -51,6 +51,7 @@ class Launch:
         constants: its compile-time parameters by name.
         num_warps: warps of a program.
         num_stages: how many iterations of a loop with a matrix product are in flight.
+        cooperative: all programs are on the device at once, so that they can wait for each other.
     """
 
     kernel: Any
@@ -59,6 +60,7 @@ class Launch:
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 1
+    cooperative: bool = False
 
     def run(self) -> None:
         """Launches the kernel on the device of its operands."""
@@ -67,12 +69,15 @@ class Launch:
         tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         # Triton launches on the current device, which need not be that of the operands.
         on_cuda = tensor.device.type == "cuda"
+        # The interpreter does not know the option.
+        together = {"launch_cooperative_grid": True} if self.cooperative else {}
         with torch.cuda.device(tensor.device) if on_cuda else nullcontext():
             self.kernel[self.grid](
                 **self.arguments,
                 **self.constants,
                 num_warps=self.num_warps,
                 num_stages=self.num_stages,
+                **together,
             )
 
 
@@ -112,17 +117,16 @@ def cells_first(activation: Tensor) -> bool:
     return activation.stride(-1) <= activation.stride(-3) or activation.shape[-3] == 1
 
 
-def image_chunks(activation: Tensor, operands: int = 1) -> Iterator[slice]:
+def image_chunks(activation: Tensor) -> Iterator[slice]:
     """Runs of images whose activations fit in half of the L2 cache, at least one image each.
 
     A second look at the activations of a run then comes from the cache.
 
     Args:
         activation: (N, C, h, w).
-        operands: how many operands of this size are read meanwhile.
     """
     n = activation.shape[0]
-    image = activation[:1].numel() * activation.element_size() * operands
+    image = activation[:1].numel() * activation.element_size()
     size = max(1, device_of(activation).cache // 2 // max(image, 1))
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))

@@ -71,8 +71,8 @@ def contrast_channel_weights(
     reference: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """w = d W / P of a pooled linear head, on CUDA without writing d for a single row; see
-    `diffcam_kernels.reference.channel_weights`.
+    """w = d W / P of a pooled linear head, on CUDA without writing d for one row of few classes;
+    see `diffcam_kernels.reference.channel_weights`.
 
     Args:
         logits: (N, K).
@@ -102,7 +102,7 @@ def contrast_channel_weights(
         logits=logits, weight=weight, targets=targets, reference=reference, weights=weights
     )
     if uses_kernels(logits, weight):
-        from diffcam_kernels.gpu import contrast as gpu
+        from diffcam_kernels.gpu import channel_weights as gpu
 
         return gpu.contrast_channel_weights(
             logits, weight, cells, targets, temperature, reference, weights
