@@ -31,7 +31,7 @@ class Classifier:
 
     Attributes:
         model: its graph.
-        images: the input (N, C, H, W).
+        images: the input (N, C, H, W), or (N, H, W, C).
         founds: what was found out about each target layer.
         layers: their names, as the user knows them.
         source: what the user calls the model.
