@@ -21,5 +21,6 @@ def channels_last(shape: Sequence[object]) -> bool:
 
 def image_axes(images: ir.Value) -> tuple[int, int, int]:
     """The axes of channels, height and width of an input; (N, C, H, W) where nothing is known."""
-    last = images.shape is not None and len(images.shape) == 4 and channels_last(images.shape)
+    shape = list(images.shape or ())
+    last = len(shape) == 4 and channels_last(shape)
     return (3, 1, 2) if last else (1, 2, 3)
