@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
 
 from diffcam_export import OnnxExplainer, export_onnx
 from diffcam_export.inspection import inspect_onnx
+from diffcam_fast import Contrast
+from diffcam_fast.cli.main import main
 from diffcam_fast.images.preprocess import Preprocess
 from onnxfiles import C, K, Writer, image, pooled, run, saved
 
@@ -63,3 +68,123 @@ def test_photographs_for_channels_that_stand_last(tmp_path: Path) -> None:
             preprocess=Preprocess(size=(12, 10)),
             bake_preprocess=True,
         )
+
+
+def test_the_model_is_not_written_over(tmp_path: Path) -> None:
+    path, data = tmp_path / "same.onnx", tmp_path / "same.data"
+    onnx.save(pooled(), path, save_as_external_data=True, location=data.name, size_threshold=0)
+    before = path.read_bytes(), data.read_bytes()
+    link = tmp_path / "link.onnx"
+    link.symlink_to(path)
+    for out in (path, link, data, tmp_path / "." / "same.onnx"):
+        with pytest.raises(ValueError, match="is part of the model"):
+            export_onnx(path, out)
+    result = CliRunner().invoke(main, ["export", str(path), "-o", str(path)])
+    assert (result.exit_code, "is part of the model" in result.output) == (2, True)
+    assert (path.read_bytes(), data.read_bytes()) == before
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("side", [30000, 2**31 - 1])
+def test_images_that_no_memory_holds(tmp_path: Path, side: int) -> None:
+    w = Writer()
+    x = w("Flatten", w("GlobalAveragePool", w.features()))
+    model = w.model(w("Gemm", x, w.weight(C, K)), image=("N", 3, side, side))
+    with pytest.raises(ValueError, match=rf"have 3 x {side} x {side} numbers"):
+        export_onnx(saved(model, tmp_path / "m.onnx"), tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("diffcam_target", {}),
+        ("diffcam_heatmap", {"heatmap": "uint8"}),
+        ("diffcam_map_1", {"layer": ["A", "maxpool2"]}),
+        ("diffcam/1", {"inline": True}),
+        ("targets", {"targets": "input"}),
+    ],
+)
+def test_names_that_are_taken(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    w = Writer()
+    x = w("Flatten", w("Relu", w("GlobalAveragePool", w.features()), name=name))
+    path = saved(w.model(w("Gemm", x, w.weight(C, K))), tmp_path / "m.onnx")
+    out = tmp_path / "out.onnx"
+    with pytest.raises(ValueError, match=f"has a tensor '{name}'.*rename it"):
+        export_onnx(path, out, **options)
+    assert not out.exists()
+
+
+def test_outputs_that_would_be_taken_for_ours(tmp_path: Path) -> None:
+    w = Writer()
+    x = w("Flatten", w("GlobalAveragePool", w.features()), name="diffcam_features")
+    path = saved(w.model(w("Gemm", x, w.weight(C, K)), x), tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="has a tensor 'diffcam_features'"):
+        export_onnx(path, tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "match"),
+    [
+        (TypeError, {"topk": "2"}, "topk must be a whole number, got '2'"),
+        (TypeError, {"topk": 1.0}, "topk must be a whole number, got 1.0"),
+        (TypeError, {"topk": True}, "topk must be a whole number"),
+        (ValueError, {"topk": 0}, "topk must be at least 1, got 0"),
+        (TypeError, {"labels": "abcde"}, "a sequence of names, got the text 'abcde'"),
+        (ValueError, {"layer": []}, "layer names no layer"),
+        (ValueError, {"layer": ["A", "A"]}, "layer 'A' is given twice"),
+        (ValueError, {"opset": 21}, "an ONNX file is taken as it is; leave out opset"),
+        (ValueError, {"dynamic_size": True}, "leave out dynamic_size"),
+        (ValueError, {"example_inputs": torch.rand(2, 3, 4, 4)}, "leave out example_inputs"),
+        (ValueError, {"contrast": Contrast(reference=(1, 77))}, "leaves the classes 0 to 4"),
+        (ValueError, {"contrast": Contrast(reference=tuple(range(K)))}, "is itself among the"),
+        (ValueError, {"contrast": Contrast(weights=torch.full((3,), 1 / 3))}, r"must be \(5,\)"),
+    ],
+)
+def test_options_that_do_not_fit_an_onnx_file(
+    tmp_path: Path, kind: type[Exception], options: dict[str, Any], match: str
+) -> None:
+    out = tmp_path / "out.onnx"
+    with pytest.raises(kind, match=match):
+        export_onnx(saved(pooled(), tmp_path / "m.onnx"), out, **options)
+    assert not out.exists()
+
+
+def small(**options: Any) -> nn.Sequential:
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, K)]
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *head).to(**options).eval()
+
+
+class Failing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError(f"no, not {tuple(self.convolution(x).shape)}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "options", "match"),
+    [
+        (TypeError, None, {}, "model must be an nn.Module.*got None"),
+        (TypeError, small(), {"opset": "20"}, "opset must be a whole number"),
+        (ValueError, small(), {"opset": 3}, "opset must be at least 18, got 3"),
+        (ValueError, small(), {"opset": 99}, r"opset must be from 18 to \d\d, got 99"),
+        (ValueError, small(), {"logits": "x"}, "leave out logits"),
+        (ValueError, small(), {"example_inputs": torch.rand(0, 3, 8, 8)}, "must hold an image"),
+        (ValueError, small(), {"layer": ["1", "1"]}, "layer '1' is given twice"),
+        (ValueError, small(dtype=torch.float64), {}, "torch.float64 everywhere; give dtype"),
+        (ValueError, small(dtype=torch.bfloat16), {}, "torch.bfloat16 everywhere; give dtype"),
+        (ValueError, Failing(), {}, r"cannot run on \(1, 3, 8, 8\): RuntimeError: no, not"),
+    ],
+)
+def test_options_that_do_not_fit_a_network(
+    tmp_path: Path, kind: type[Exception], model: Any, options: dict[str, Any], match: str
+) -> None:
+    out = tmp_path / "out.onnx"
+    dtype = next(model.parameters()).dtype if isinstance(model, nn.Module) else torch.float32
+    examples = options.get("example_inputs", torch.rand(1, 3, 8, 8)).to(dtype)
+    with pytest.raises(kind, match=match):
+        export_onnx(model, out, **{**options, "example_inputs": examples})
+    assert not out.exists()
