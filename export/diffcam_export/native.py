@@ -92,9 +92,10 @@ def infer_shapes(model: ir.Model) -> None:
                 value.shape = told.shape
             elif len(value.shape) == len(told.shape):
                 # Declared names stay; a number says more than a name.
-                for axis, size in enumerate(told.shape):
-                    if isinstance(size, int) and not isinstance(value.shape[axis], int):
-                        value.shape[axis] = size
+                value.shape = ir.Shape(
+                    size if isinstance(size, int) and not isinstance(name, int) else name
+                    for name, size in zip(value.shape, told.shape, strict=True)
+                )
 
 
 def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
