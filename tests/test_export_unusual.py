@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from onnx import helper
 from torch import Tensor, nn
 
 from diffcam_export import OnnxExplainer, export_onnx
 from diffcam_export.inspection import inspect_onnx
+from diffcam_export.pytorch import ExportError
 from diffcam_fast import Contrast
 from diffcam_fast.cli.main import main
 from diffcam_fast.images.preprocess import Preprocess
@@ -188,3 +191,123 @@ def test_options_that_do_not_fit_a_network(
     with pytest.raises(kind, match=match):
         export_onnx(model, out, **{**options, "example_inputs": examples})
     assert not out.exists()
+
+
+@pytest.mark.parametrize("declared", [("N", "K"), (None, None), ("N", K)])
+def test_the_weights_tell_the_number_of_classes(
+    tmp_path: Path, declared: tuple[str | int | None, ...]
+) -> None:
+    model = pooled()
+    del model.graph.output[:]
+    model.graph.output.append(
+        helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, declared)
+    )
+    out = tmp_path / "out.onnx"
+    export_onnx(saved(model, tmp_path / "m.onnx"), out)
+    assert OnnxExplainer(out).classes == K
+
+
+def test_a_logit_without_another_has_no_contrast(tmp_path: Path) -> None:
+    w = Writer()
+    x = w("Flatten", w("GlobalAveragePool", w.features()))
+    path = saved(w.model(w("Gemm", x, w.weight(C, 1), name="logit")), tmp_path / "m.onnx")
+    out = tmp_path / "out.onnx"
+    with pytest.raises(ValueError, match="needs at least two classes, got 1"):
+        export_onnx(path, out, logits="logit")
+    assert not out.exists()
+    export_onnx(path, out, logits="logit", method="grad_cam", contrast="none")
+    assert out.exists()
+
+
+def test_names_with_commas(tmp_path: Path) -> None:
+    w = Writer()
+    x = w("Relu", w.features(), name="[a,b]")
+    x = w("Relu", x, name="c")
+    z = w("Gemm", w("Flatten", w("GlobalAveragePool", x)), w.weight(C, K))
+    path, out = saved(w.model(z), tmp_path / "m.onnx"), tmp_path / "out.onnx"
+    export_onnx(path, out, layer=["[a,b]", "c"])
+    assert OnnxExplainer(out).inspect().layers == ("[a,b]", "c")
+    export_onnx(path, out, layer=["A", "c"])
+    metadata = {p.key: p.value for p in onnx.load(out).metadata_props}
+    assert metadata["diffcam.layer"] == "A,c"
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_nodes_are_counted_alike(tmp_path: Path, inline: bool) -> None:
+    path, out = saved(pooled(), tmp_path / "m.onnx"), tmp_path / "out.onnx"
+    options: dict[str, Any] = {"inline": inline, "targets": "input", "method": "hires_cam"}
+    done = export_onnx(path, out, heatmap="uint8", **options)
+    assert done.report is not None
+    [added] = [check.detail for check in done.report.checks if check.name == "added"]
+    assert added.startswith(f"{done.added_nodes} nodes")
+    assert done.nodes == 8
+
+
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    path, out = saved(pooled(), tmp_path / "M.ONNX"), tmp_path / "OUT.CAM.ONNX"
+    for arguments in (
+        ["inspect", str(path)],
+        ["export", str(path), "-o", str(out)],
+        ["verify", str(out), "--against", str(path), "--rounds", "0"],
+    ):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+
+
+def test_what_the_commands_refuse(tmp_path: Path) -> None:
+    path, out = saved(pooled(), tmp_path / "m.onnx"), tmp_path / "out (1).onnx"
+    export = ["export", str(path), "-o"]
+    for arguments, status, match in (
+        ([*export, str(path / "out.onnx"), "--no-verify"], 1, "cannot write"),
+        ([*export, str(tmp_path / "o.onnx"), "--triton-repo", str(path / "r")], 1, "cannot write"),
+        ([*export, str(out), "--triton-repo", str(tmp_path / "r")], 2, "cannot name a model"),
+        ([*export, str(out), "--opset", "21"], 2, "leave out --opset"),
+        ([*export, str(out), "--half"], 2, "leave out --half"),
+        (["export", "nothing"], 2, "MODEL.onnx"),
+        (["verify", str(path), "--weights", "w.pth"], 2, "model of --against"),
+        (["verify", str(path), "--against", str(path), "--weights", "w.pth"], 2, "its own weights"),
+    ):
+        result = CliRunner().invoke(main, arguments)
+        shown = " ".join(result.output.split())
+        assert (result.exit_code, match in shown) == (status, True), result.output
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        assert not out.exists()
+
+
+@dataclass
+class Result:
+    """No tuple or mapping: PyTorch does not look into it."""
+
+    logits: Tensor
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small()
+
+    def forward(self, x: Tensor) -> Result:
+        return Result(self.network(x))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.network(x)
+        return z + 1 if float(z.detach().sum()) > 0 else z
+
+
+def test_results_of_a_class_of_the_users(tmp_path: Path) -> None:
+    model, out, x = Wrapped().eval(), tmp_path / "out.onnx", torch.rand(2, 3, 8, 8)
+    export_onnx(model, out, example_inputs=x)
+    torch.testing.assert_close(OnnxExplainer(out)(x).logits, model(x).logits.detach())
+
+
+def test_the_reason_that_pytorch_gives(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"PyTorch cannot export the model.*\n.*data-dependent"):
+        export_onnx(
+            Branching().eval(), tmp_path / "out.onnx", example_inputs=torch.rand(2, 3, 8, 8)
+        )
