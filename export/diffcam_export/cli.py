@@ -134,7 +134,7 @@ def export(
     except (ValueError, TypeError) as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
-        raise click.ClickException(f"cannot write {error.filename or out}: {error}") from error
+        raise click.ClickException(f"cannot read or write a file: {error}") from error
     if not ok:
         raise click.exceptions.Exit(FAILED)
 
