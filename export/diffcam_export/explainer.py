@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcam_export.facts import Facts
+from diffcam_export.images import channels_last
 from diffcam_export.session import Opened, Provider, first_line, open_session
 from diffcam_fast.explainer import Targets, resolve_targets
 from diffcam_fast.explanation import Explanation
@@ -377,14 +378,13 @@ def _image_input(opened: Opened, facts: Facts, path: str | Path) -> ImageInput:
             f"{', '.join(_DTYPES)}"
         )
     batch, *rest = (size if isinstance(size, int) else None for size in value.shape)
-    # Three channels or one stand last and not first in models that TensorFlow made.
-    channels_last = rest[2] in (1, 3) and rest[0] not in (1, 3)
-    height, width, channels = rest if channels_last else (rest[1], rest[2], rest[0])
+    last = channels_last(value.shape)
+    height, width, channels = rest if last else (rest[1], rest[2], rest[0])
     return ImageInput(
         name=value.name,
         dtype=_DTYPES[value.type],
         batch=batch,
         size=(height, width),
         channels=channels,
-        channels_last=channels_last,
+        channels_last=last,
     )

@@ -29,7 +29,7 @@ class Plain:
 def plain_file(path: Path) -> Plain:
     """A file as it is."""
     model = ir.load(path)
-    return Plain(str(path), path, _nodes(model), path.stat().st_size + _external(model))
+    return Plain(str(path), path, count_nodes(model), path.stat().st_size + _external(model))
 
 
 def plain_part(path: Path) -> Plain:
@@ -52,10 +52,13 @@ def plain_part(path: Path) -> Plain:
     unused(model)
     external = _external(model)
     serialised = ir.to_proto(model).SerializeToString()
-    return Plain("the file without maps", serialised, _nodes(model), len(serialised) + external)
+    return Plain(
+        "the file without maps", serialised, count_nodes(model), len(serialised) + external
+    )
 
 
-def _nodes(model: ir.Model) -> int:
+def count_nodes(model: ir.Model) -> int:
+    """How many nodes a model has, those inside functions and subgraphs included."""
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     nodes = [node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)]
     # A constant is data; whether it stands in a node or in an initializer is a matter of taste.

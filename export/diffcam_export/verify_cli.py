@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffcam_fast.formats import names_onnx
+
 if TYPE_CHECKING:
     from diffcam_export.verify import Against
 
@@ -57,6 +59,8 @@ def verify(
 
     if not file.is_file():
         raise click.UsageError(f"there is no file {file}")
+    if weights is not None and against is None:
+        raise click.UsageError("--weights is for the model of --against, which was not given")
     try:
         made_from = None if against is None else _model(against, weights)
         report = verified(
@@ -78,9 +82,11 @@ def verify(
 def _model(against: str, weights: str | None) -> "Against":
     from diffcam_fast.models.loading import load_model
 
-    if against.endswith(".onnx"):
+    if names_onnx(against):
         if not Path(against).is_file():
             raise ValueError(f"there is no file {against}")
+        if weights is not None:
+            raise ValueError(f"{against} holds its own weights; leave --weights out")
         return Path(against)
     if weights is None or weights == "random":
         return load_model(against, weights="random" if weights else None)
