@@ -108,14 +108,17 @@ class Facts:
 
     @classmethod
     def _read(cls, metadata: Mapping[str, str]) -> "Facts":
+        contrast, name = _contrast(metadata), metadata["diffcam.contrast"]
+        if name != contrast.name:
+            raise ValueError(f"diffcam.contrast is {name}, the rest of it means {contrast.name}")
         preprocess, baked = _preprocess(metadata.get("diffcam.preprocess"))
         labels = metadata.get("diffcam.labels")
         return cls(
             version=metadata["diffcam.version"],
             layers=tuple(metadata["diffcam.layer"].split(",")),
             method=metadata["diffcam.method"],
-            contrast=_contrast(metadata),
-            contrast_name=metadata["diffcam.contrast"],
+            contrast=contrast,
+            contrast_name=name,
             relu=metadata.get("diffcam.relu", "true") == "true",
             heads=tuple(metadata["diffcam.head"].split(",")),
             input=metadata["diffcam.input"],

@@ -57,6 +57,8 @@ def verify(
 
     if not file.is_file():
         raise click.UsageError(f"there is no file {file}")
+    if weights is not None and against is None:
+        raise click.UsageError("--weights are those of a PyTorch model; name it with --against")
     try:
         made_from = None if against is None else _model(against, weights)
         report = verified(
@@ -81,6 +83,8 @@ def _model(against: str, weights: str | None) -> "Against":
     if against.endswith(".onnx"):
         if not Path(against).is_file():
             raise ValueError(f"there is no file {against}")
+        if weights is not None:
+            raise ValueError(f"{against} holds its own weights; leave --weights out")
         return Path(against)
     if weights is None or weights == "random":
         return load_model(against, weights="random" if weights else None)
