@@ -111,7 +111,7 @@ class Facts:
         contrast, name = _contrast(metadata), metadata["diffcam.contrast"]
         if name != contrast.name:
             raise ValueError(f"diffcam.contrast is {name}, the rest of it means {contrast.name}")
-        preprocess, baked = _preprocess(metadata.get("diffcam.preprocess"))
+        preprocess, baked = preprocess_of(metadata.get("diffcam.preprocess"))
         labels = metadata.get("diffcam.labels")
         return cls(
             version=metadata["diffcam.version"],
@@ -148,7 +148,12 @@ def _contrast(metadata: Mapping[str, str]) -> Contrast:
     )
 
 
-def _preprocess(text: str | None) -> tuple[Preprocess | None, bool]:
+def preprocess_of(text: str | None) -> tuple[Preprocess | None, bool]:
+    """What `diffcam.preprocess` says, and whether the file does it itself; None: it is absent.
+
+    Raises:
+        ValueError, TypeError, AttributeError: it is no JSON, or says something else.
+    """
     if text is None:
         return None, False
     values: dict[str, Any] = json.loads(text)
