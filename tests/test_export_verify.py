@@ -183,7 +183,7 @@ def test_verify_command(made: Path, edited: Callable[..., Path], tmp_path: Path)
         ([str(tmp_path / "none.onnx")], "there is no file"),
         ([str(made), "--against", str(tmp_path / "none.onnx")], "there is no file"),
         ([str(made), "--against", "cat"], "names no model"),
-        ([str(made), "--weights", "random"], "name it with --against"),
+        ([str(made), "--weights", "random"], "--against, which was not given"),
         ([str(made), "--against", str(made), "--weights", "random"], "leave --weights out"),
     ):
         done = runner.invoke(command, arguments)

@@ -37,7 +37,7 @@ def plain_file(path: Path) -> Plain:
     """A file as it is."""
     model = ir.load(path)
     size = path.stat().st_size + _external(model)
-    return Plain(str(path), path, len(_nodes(model)), size, *_kinds(model))
+    return Plain(str(path), path, count_nodes(model), size, *_kinds(model))
 
 
 def plain_part(path: Path) -> Plain:
@@ -47,7 +47,7 @@ def plain_part(path: Path) -> Plain:
     serialised = ir.to_proto(model).SerializeToString()
     size = len(serialised) + external
     name = "the file without maps"
-    return Plain(name, serialised, len(_nodes(model)), size, *_kinds(model))
+    return Plain(name, serialised, count_nodes(model), size, *_kinds(model))
 
 
 def plain_model(path: Path) -> ir.Model:
@@ -69,6 +69,11 @@ def plain_model(path: Path) -> ir.Model:
     ]
     unused(model)
     return model
+
+
+def count_nodes(model: ir.Model) -> int:
+    """How many nodes a model has, those inside functions and subgraphs included."""
+    return len(_nodes(model))
 
 
 def _kinds(model: ir.Model) -> tuple[bool, bool]:

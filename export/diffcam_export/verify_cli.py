@@ -58,7 +58,7 @@ def verify(
     if not file.is_file():
         raise click.UsageError(f"there is no file {file}")
     if weights is not None and against is None:
-        raise click.UsageError("--weights are those of a PyTorch model; name it with --against")
+        raise click.UsageError("--weights is for the model of --against, which was not given")
     try:
         made_from = None if against is None else _model(against, weights)
         report = verified(
