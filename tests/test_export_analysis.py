@@ -257,6 +257,28 @@ def test_several_outputs(tmp_path: Path) -> None:
         found_in(w.model("class"), tmp_path, logits="A")
 
 
+def test_outputs_that_are_made_of_the_logits(tmp_path: Path) -> None:
+    w = Writer()
+    features = w("Flatten", w("GlobalAveragePool", w.features()), name="features")
+    logits = w("Gemm", features, w.weight(C, K), name="logits")
+    prob = w("Softmax", logits, name="prob")
+    scaled = w("Mul", logits, w.constant(np.float32(100)))
+    ends = [w("ReduceMax", logits, w.ints(1)), w("ReduceMin", logits, w.ints(1))]
+    widest = w("Concat", *ends, axis=1)
+    indices = helper.make_node("TopK", [prob, w.ints(3)], ["best", "indices"])
+    w.nodes.append(indices)
+    for made in (w("Sigmoid", logits), scaled, w("Softmax", scaled), widest, "best"):
+        for first, name in ((logits, "logits"), (prob, "prob")):
+            _, found = found_in(w.model(features, first, made, "indices"), tmp_path)
+            assert (found.logits.name, found.output.name) == ("logits", name), made
+            assert found.layer.name == "A"
+    # With weights of its own it may be the classifier.
+    distance = w("Sub", w("Unsqueeze", features, w.ints(1)), w.weight(K, C))
+    near = w("ReduceSum", w("Abs", distance), w.ints(2), keepdims=0)
+    with pytest.raises(OnnxAnalysisError, match=r"2 outputs that could be logits.*--logits"):
+        found_in(w.model(features, near), tmp_path)
+
+
 def test_logits_with_spare_axes(tmp_path: Path) -> None:
     w = Writer()
     x = w("Conv", w("GlobalAveragePool", w.features()), w.weight(K, C, 1, 1))

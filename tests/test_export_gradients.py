@@ -387,8 +387,7 @@ def test_a_missing_rule_names_operator_node_tensor_and_module() -> None:
         differentiated(proto, ["x"])
     assert str(error.value) == (
         "no gradient through Det (node 'the node', tensor 'y', from module 'head.volume' (Volume)):"
-        " there is no rule for this operator. Choose a layer behind it, or a method without "
-        "gradients."
+        " there is no rule for this operator. Choose a layer behind it."
     )
 
 

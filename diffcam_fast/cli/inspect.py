@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from diffcam_fast.cli.console import shortened
+from diffcam_fast.formats import names_onnx
 
 if TYPE_CHECKING:
     from diffcam_fast.analysis import Inspection
@@ -42,7 +43,7 @@ def inspect(
         raise click.UsageError(f"two models were given, {model} and -m {named}; name one")
     model = model if named is None else named
     try:
-        if model is not None and model.endswith(".onnx"):
+        if model is not None and names_onnx(model):
             name, found = model, _of_onnx(model, layer, size, logits)
         elif logits is not None:
             raise ValueError("--logits is for ONNX files; a PyTorch model returns its logits")

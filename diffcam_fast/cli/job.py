@@ -18,6 +18,7 @@ from diffcam_fast.cli.console import Console, shortened
 from diffcam_fast.cli.onnx import Described, Explains, open_explained
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.explanation import Explanation
+from diffcam_fast.formats import names_onnx
 from diffcam_fast.images.colour import colour_map
 from diffcam_fast.images.inputs import SUFFIXES, Source, find_images
 from diffcam_fast.images.preprocess import Preprocess
@@ -140,7 +141,7 @@ def prepare(request: Request, console: Console) -> Job:
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded: LoadedModel | Described
     explainer: Explains
-    if request.model is not None and request.model.endswith(".onnx"):
+    if request.model is not None and names_onnx(request.model):
         described, explainer = open_explained(request)
         loaded = resized(described, request.size)
         device = described.device

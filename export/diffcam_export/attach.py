@@ -6,6 +6,7 @@ import onnx_ir as ir
 from diffcam_export.cam import CamHead, size_of
 from diffcam_export.emit import Emitter
 from diffcam_export.function import DOMAIN, as_function
+from diffcam_export.images import image_axes
 from diffcam_export.pictures import prepared
 from diffcam_fast.images.preprocess import Preprocess
 
@@ -44,7 +45,8 @@ def bake(model: ir.Model, images: ir.Value, preprocess: Preprocess) -> ir.Value:
 
     Args:
         model: changed in place.
-        images: its input (N, 3, H, W); H and W must be those of `preprocess` or free.
+        images: its input (N, 3, H, W) or (N, H, W, 3); H and W must be those of `preprocess` or
+            free.
         preprocess: from a photograph to that input.
 
     Returns:
@@ -54,7 +56,8 @@ def bake(model: ir.Model, images: ir.Value, preprocess: Preprocess) -> ir.Value:
         ValueError: the input is of another size than the preprocessing.
     """
     graph = model.graph
-    sides = tuple(images.shape[2:]) if images.shape is not None else (None, None)
+    channels, *spatial = image_axes(images)
+    sides = [None if images.shape is None else images.shape[axis] for axis in spatial]
     fixed = [
         (side, size)
         for side, size in zip(sides, preprocess.size, strict=True)
@@ -70,6 +73,8 @@ def bake(model: ir.Model, images: ir.Value, preprocess: Preprocess) -> ir.Value:
     photographs = ir.val(images.name, ir.DataType.UINT8, [batch, "photo_height", "photo_width", 3])
     emit = Emitter(f"{DOMAIN}/photo")
     ready = prepared(emit, photographs, preprocess, images.dtype)
+    if channels == 3:
+        ready = emit("Transpose", ready, perm=[0, 2, 3, 1])
     images.replace_all_uses_with(ready)
     ready.shape = images.shape
     graph.inputs[list(graph.inputs).index(images)] = photographs

@@ -9,6 +9,7 @@ from diffcam_export.analysis import Found
 from diffcam_export.contrast import TARGETS_INPUT, Targets, chosen_classes, contrast_gradient
 from diffcam_export.emit import Emitter
 from diffcam_export.gradients import vjp
+from diffcam_export.images import image_axes
 from diffcam_export.pictures import HeatmapType, heatmap
 from diffcam_export.reductions import REDUCTIONS, weighted
 from diffcam_fast.contrast import Contrast
@@ -63,7 +64,7 @@ def cam_head(
 
     Args:
         founds: one for each layer, all with the same logits.
-        images: the network's input (N, C, H, W), of whose size heatmaps are.
+        images: the network's input (N, C, H, W) or (N, H, W, C), of whose size heatmaps are.
         options: what to compute.
         prefix: what the names of new values begin with.
 
@@ -87,10 +88,12 @@ def cam_head(
         outputs.append(_named(made, name, [n, t, *_sizes(found)[1:]]))
     outputs.append(_named(emit("Identity", classes), TARGET, [n, t]))
     if options.heatmap is not None:
-        size = emit("Shape", images, dtype=ir.DataType.INT64, start=2, end=4)
+        _, height, width = image_axes(images)
+        size = emit("Shape", images, dtype=ir.DataType.INT64, start=height, end=width + 1)
         for index, maps in enumerate(outputs[:-1]):
             heat = heatmap(emit, maps, size, options.heatmap)
-            sides = [None, None] if images.shape is None else map(size_of, images.shape[2:])
+            shape = images.shape
+            sides = [None if shape is None else size_of(shape[axis]) for axis in (height, width)]
             name = f"{HEATMAP}_{index}" if index else HEATMAP
             outputs.append(_named(heat, name, [n, t, *sides]))
     return CamHead(emit.nodes, outputs, asked)

@@ -1,6 +1,5 @@
 """``diffcam export``: its options, and what it prints."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from diffcam_fast.cli.explain import CONTRASTS, METHODS
+from diffcam_fast.formats import names_onnx
 
 if TYPE_CHECKING:
     from diffcam_export.export import Exported
@@ -54,7 +54,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--dynamic-size", is_flag=True, help="Height and width may change between calls.")
 @click.option("--half", is_flag=True, help="Weights and network in float16.")
 @click.option(
-    "--opset", type=click.IntRange(18), help="Of the file.  [default: 18, or the input's]"
+    "--opset", type=click.IntRange(18), help="Of the file, for a PyTorch model.  [default: 18]"
 )
 @click.option("--inline", is_flag=True, help="No ONNX function; all nodes side by side.")
 @click.option("--logits", help="Output with the logits, for an ONNX file with several.")
@@ -92,35 +92,28 @@ def export(
     """Writes an ONNX model that explains itself: its outputs are the model's own and the map.
 
     MODEL is torchvision:NAME, timm:NAME, MODEL.pt2, package.module:factory, or an ONNX file;
-    without it, the default network. The file runs wherever ONNX models run.
+    without it, the default network. The file runs wherever ONNX models run. Exit status: 0 all is
+    well, 1 a check of the file failed or it cannot be written, 2 wrong usage.
     """
     if model is not None and named is not None:
         raise click.UsageError(f"two models were given, {model} and -m {named}; name one")
     model = model if named is None else named
     # Here, not above: PyTorch takes seconds to import, and --help needs none of it.
-    import torch
-
     from diffcam_export.export import export_onnx
+    from diffcam_export.triton_repo import triton_name, write_triton_repository
     from diffcam_export.ways import read_preprocess
-    from diffcam_fast.cli.job import resized
     from diffcam_fast.models.labels import read_labels
-    from diffcam_fast.models.loading import load_model
 
-    from_onnx = model is not None and model.endswith(".onnx")
+    out = out or Path(f"{_stem(model)}.cam.onnx")
     try:
-        given: LoadedModel | Path
-        if from_onnx:
-            assert model is not None
-            _only_for_pytorch(weights=weights, size=size, half=half, dynamic_size=dynamic_size)
-            given = Path(model)
-        else:
-            chosen: Path | Literal["random"] | None = None
-            if weights is not None:
-                chosen = "random" if weights == "random" else Path(weights)
-            given = resized(load_model(model, weights=chosen), size)
-            if half:
-                given = dataclasses.replace(given, model=given.model.to(torch.float16))
-        out = out or Path(f"{_stem(model)}.cam.onnx")
+        if triton_repo is not None:
+            # Before a file is written that the repository could not take.
+            triton_name(out)
+        if model is not None and names_onnx(model):
+            _only_for_pytorch(
+                weights=weights, size=size, half=half, dynamic_size=dynamic_size, opset=opset
+            )
+        given = _given(model, weights=weights, size=size)
         done = export_onnx(
             given,
             out,
@@ -135,6 +128,7 @@ def export(
             preprocess=None if preprocess is None else read_preprocess(preprocess),
             bake_preprocess=photographs,
             labels=None if labels is None else read_labels(labels),
+            dtype="float16" if half else None,
             dynamic_size=dynamic_size,
             opset=opset,
             inline=inline,
@@ -145,13 +139,24 @@ def export(
             click.echo(line)
         ok = no_verify or _verified(done, given)
         if triton_repo is not None:
-            from diffcam_export.triton_repo import write_triton_repository
-
             click.echo(f"triton      {write_triton_repository(out, triton_repo)}")
     except (ValueError, TypeError) as error:
         raise click.UsageError(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"cannot read or write a file: {error}") from error
     if not ok:
         raise click.exceptions.Exit(FAILED)
+
+
+def _given(model: str | None, *, weights: str | None, size: str | None) -> "LoadedModel | Path":
+    from diffcam_fast.cli.job import resized
+    from diffcam_fast.models.loading import load_model
+
+    if model is not None and names_onnx(model):
+        return Path(model)
+    if weights is None or weights == "random":
+        return resized(load_model(model, weights="random" if weights else None), size)
+    return resized(load_model(model, weights=Path(weights)), size)
 
 
 def _only_for_pytorch(**options: object) -> None:
@@ -163,8 +168,10 @@ def _only_for_pytorch(**options: object) -> None:
 def _stem(model: str | None) -> str:
     if model is None:
         return "efficientnet-lite0"
-    name = model.rpartition(":")[2] if ":" in model else Path(model).name
-    return name.removesuffix(".onnx").removesuffix(".pt2")
+    path = Path(model)
+    if names_onnx(model) or path.suffix == ".pt2":
+        return path.stem
+    return model.rpartition(":")[2]
 
 
 def _lines(done: "Exported") -> Iterator[str]:

@@ -12,18 +12,20 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from diffcam_export.attach import attach, bake
-from diffcam_export.cam import MAP, CamOptions, cam_head
+from diffcam_export.cam import CamOptions, cam_head
 from diffcam_export.classifier import Classifier, Layers, from_onnx, from_pytorch
-from diffcam_export.contrast import TARGETS_INPUT
 from diffcam_export.facts import Facts
 from diffcam_export.function import DOMAIN
+from diffcam_export.options import cam_options
 from diffcam_export.pictures import HeatmapType
+from diffcam_export.plain import count_nodes
+from diffcam_export.refusals import check_classifier, check_output
 from diffcam_export.save import save
 from diffcam_export.verify import Report
-from diffcam_export.verify import verify as verified
+from diffcam_export.verify import verify as run_checks
 from diffcam_fast import __version__
 from diffcam_fast.contrast import Contrast
-from diffcam_fast.explainer import method_and_contrast
+from diffcam_fast.formats import names_onnx
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.models.loading import LoadedModel, Weights, load_model
 
@@ -41,8 +43,8 @@ class Exported:
         layers: the names of the target layers.
         heads: `closed form` or `backward of the head` for each.
         reasons: why, for each.
-        nodes: of the plain model.
-        added_nodes: of its CAM head.
+        nodes: of the plain model, constants not counted.
+        added_nodes: of its CAM head, those in its function and their call; constants not counted.
         added_bytes: what the file grew by, over the plain model written the same way, names of
             classes aside.
         report: what came of comparing the file with its model; None: it was not asked for.
@@ -111,8 +113,9 @@ def export_onnx(
         bake_preprocess: the file takes photographs, uint8 (N, height, width, 3) of any size.
         labels: K class names, kept in the file; None: the model's own, where they are known.
         dtype: of the exported weights; None: as they are. Not for an ONNX file.
-        dynamic_size: height and width may change from call to call. An ONNX file stays as it is.
-        opset: version of the default operator set; None: 18, or that of the ONNX file.
+        dynamic_size: height and width may change from call to call. Not for an ONNX file.
+        opset: version of the default operator set, from 18 on; None: 18. Not for an ONNX file,
+            which keeps its own, or is converted to 18.
         inline: leave the added nodes among the others; else they are one ONNX function.
         weights: as in `load_model`, for a model by name.
         logits: for an ONNX file of several outputs, the name of the one with the logits.
@@ -124,6 +127,8 @@ def export_onnx(
     Raises:
         ValueError: an option that does not fit, a model that cannot be loaded, analysed or
             exported; the message says what to do. No file is written.
+        TypeError: an argument of another type than it may have.
+        OSError: the file cannot be written.
         VerificationError: a check of the file failed; the file is there, to be looked at.
 
     Example:
@@ -135,15 +140,33 @@ def export_onnx(
         >>> done.layers, done.heads
         (('1',), ('closed form',))
     """
-    options = _options(method, contrast, temperature, relu, targets, topk, heatmap)
+    options = cam_options(
+        method=method,
+        contrast=contrast,
+        temperature=temperature,
+        relu=relu,
+        targets=targets,
+        topk=topk,
+        heatmap=heatmap,
+    )
+    if isinstance(labels, str):
+        raise TypeError(f"labels must be a sequence of names, got the text {labels!r}")
     if isinstance(model, Path):
         model = str(model)
-    if isinstance(model, str) and not model.endswith(".onnx"):
+    if isinstance(model, str) and not names_onnx(model):
         model = load_model(model, weights=weights)
     if isinstance(model, str):
-        _refuse_for_onnx(example_inputs=example_inputs, dtype=dtype, weights=weights)
+        _refuse(
+            "an ONNX file is taken as it is",
+            example_inputs=example_inputs,
+            dtype=dtype,
+            dynamic_size=dynamic_size,
+            opset=opset,
+            weights=weights,
+        )
         classifier = from_onnx(Path(model), layers=layer, logits=logits)
     else:
+        _refuse("a PyTorch model returns its logits itself", logits=logits)
         classifier = from_pytorch(
             model,
             example_inputs=example_inputs,
@@ -160,11 +183,11 @@ def export_onnx(
     done = write_explained(
         classifier, Path(out), options, inline=inline, bake_preprocess=bake_preprocess
     )
-    return _verified(done, model) if verify else done
+    return _checked(done, model) if verify else done
 
 
-def _verified(done: Exported, model: nn.Module | LoadedModel | str) -> Exported:
-    report = verified(done.path, against=model, rounds=0)
+def _checked(done: Exported, model: nn.Module | LoadedModel | str) -> Exported:
+    report = run_checks(done.path, against=model, rounds=0)
     if not report.ok:
         raise VerificationError("\n".join([f"{done.path} failed its checks:", *report.lines()]))
     return dataclasses.replace(done, report=report)
@@ -182,17 +205,23 @@ def write_explained(
 
     Raises:
         MissingRuleError: an operator between a layer and the logits has no derivative here.
-        ValueError: the classifier is explained already, or its preprocessing is not known.
+        ValueError: the classifier does not fit, or the file is one that it was read from.
+        OSError: the file cannot be written.
     """
-    _check(classifier, options, bake_preprocess=bake_preprocess)
+    check_classifier(classifier, options, bake_preprocess=bake_preprocess)
+    check_output(out, classifier)
     model = classifier.model
-    nodes, plain_bytes = sum(1 for _ in model.graph.all_nodes()), _graph_bytes(model)
+    nodes, plain_bytes = count_nodes(model), _graph_bytes(model)
     head = cam_head(classifier.founds, classifier.images, options, prefix=DOMAIN)
     heads = tuple(
-        _HEADS[found.weight is not None and options.method.pooled] for found in classifier.founds
+        "closed form"
+        if found.weight is not None and options.method.pooled
+        else "backward of the head"
+        for found in classifier.founds
     )
     facts = _facts(classifier, options, heads, baked=bake_preprocess)
     attach(model, head, inline=inline)
+    added_nodes = count_nodes(model) - nodes
     if bake_preprocess:
         assert classifier.preprocess is not None
         bake(model, classifier.images, classifier.preprocess)
@@ -208,71 +237,15 @@ def write_explained(
         heads=heads,
         reasons=tuple(found.reason for found in classifier.founds),
         nodes=nodes,
-        added_nodes=len(head.nodes),
+        added_nodes=added_nodes,
         added_bytes=added_bytes,
     )
 
 
-_HEADS = {True: "closed form", False: "backward of the head"}
-
-
-def _options(
-    method: str,
-    contrast: str | Contrast | None,
-    temperature: float | None,
-    relu: bool,
-    targets: Literal["predicted", "input"],
-    topk: int | None,
-    heatmap: HeatmapType | None,
-) -> CamOptions:
-    if targets not in ("predicted", "input"):
-        raise ValueError(f"targets must be 'predicted' or 'input', got {targets!r}")
-    if topk is not None and (targets == "input" or topk < 1):
-        raise ValueError(f"topk must be at least 1 and excludes targets='input'; got {topk}")
-    if heatmap not in (None, "float32", "uint8"):
-        raise ValueError(f"heatmap must be None, 'float32' or 'uint8', got {heatmap!r}")
-    found, parsed = method_and_contrast(method, contrast, temperature)
-    if parsed.weights is not None and parsed.weights.ndim != 1:
-        raise ValueError(
-            "the weights of a contrast must be (K,) in a file, the same for every image; got "
-            f"{tuple(parsed.weights.shape)}"
-        )
-    return CamOptions(
-        found,
-        parsed,
-        relu=relu,
-        targets="input" if targets == "input" else topk or "predicted",
-        heatmap=heatmap,
-    )
-
-
-def _refuse_for_onnx(**given: object) -> None:
-    names = [name for name, value in given.items() if value not in (None, False)]
+def _refuse(why: str, **given: object) -> None:
+    names = [name for name, value in given.items() if value is not None and value is not False]
     if names:
-        raise ValueError(f"an ONNX file is taken as it is; leave out {', '.join(names)}")
-
-
-def _check(classifier: Classifier, options: CamOptions, *, bake_preprocess: bool) -> None:
-    graph = classifier.model.graph
-    taken = {value.name for value in [*graph.inputs, *graph.outputs]}
-    if MAP in taken or DOMAIN in classifier.model.opset_imports:
-        raise ValueError(f"{classifier.source} explains itself already; export the plain model")
-    if TARGETS_INPUT in taken and options.targets == "input":
-        raise ValueError(f"the model has an input or output {TARGETS_INPUT!r} of its own")
-    if bake_preprocess and classifier.preprocess is None:
-        raise ValueError(
-            f"it is not known how photographs are prepared for {classifier.source}; give preprocess"
-        )
-    shape = classifier.founds[0].logits.shape
-    classes = shape[1] if shape is not None else None
-    if not isinstance(classes, int):
-        raise ValueError(f"the number of classes is not known from the file: logits are {shape}")
-    k = options.targets if isinstance(options.targets, int) else 1
-    if k > classes:
-        raise ValueError(f"topk must be from 1 to the {classes} classes, got {k}")
-    labels = classifier.labels
-    if labels is not None and len(labels) != classes:
-        raise ValueError(f"there are {len(labels)} labels for {classes} classes")
+        raise ValueError(f"{why}; leave out {', '.join(names)}")
 
 
 def _facts(

@@ -1,9 +1,11 @@
 """What an explained ONNX file says about itself in its metadata."""
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ class Facts:
         texts = {
             "version": self.version,
             "source": self.source,
-            "layer": ",".join(self.layers),
+            "layer": _joined(self.layers),
             "method": self.method,
             "contrast": self.contrast_name,
             "temperature": "none" if contrast.temperature is None else repr(contrast.temperature),
@@ -93,7 +95,7 @@ class Facts:
             diffcam export cat.onnx -o cat.cam.onnx
         """
         if "diffcam.version" not in metadata:
-            name = str(path).removesuffix(".onnx")
+            name = str(Path(str(path)).with_suffix(""))
             raise ValueError(
                 f"{path} is a plain ONNX model without maps; make one that explains itself: "
                 f"diffcam export {path} -o {name}.cam.onnx"
@@ -115,7 +117,7 @@ class Facts:
         labels = metadata.get("diffcam.labels")
         return cls(
             version=metadata["diffcam.version"],
-            layers=tuple(metadata["diffcam.layer"].split(",")),
+            layers=_split(metadata["diffcam.layer"]),
             method=metadata["diffcam.method"],
             contrast=contrast,
             contrast_name=name,
@@ -129,6 +131,19 @@ class Facts:
             labels=None if labels is None else tuple(str(label) for label in json.loads(labels)),
             source=metadata.get("diffcam.source", ""),
         )
+
+
+def _joined(names: tuple[str, ...]) -> str:
+    """By commas; as a JSON list where a name has a comma itself, or looks like such a list."""
+    plain = ",".join(names)
+    return plain if _split(plain) == names else json.dumps(list(names), ensure_ascii=False)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    if text.startswith("["):
+        with contextlib.suppress(json.JSONDecodeError):
+            return tuple(str(name) for name in json.loads(text))
+    return tuple(text.split(","))
 
 
 def _truth(value: bool) -> str:

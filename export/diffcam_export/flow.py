@@ -18,13 +18,15 @@ REARRANGING = frozenset(
 
 _SIZES = frozenset({"Shape", "Size"})
 _COPYING = frozenset({"Identity", "Cast", "CastLike", "Dropout", "QuantizeLinear"})
-_MIXING = frozenset(
+MIXING = frozenset(
     {
         *("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "DeformConv"),
         *("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QGemm"),
         *("FusedConv", "FusedMatMul", "FusedGemm", "NhwcConv", "NhwcFusedConv"),
     }
 )
+"""Operators that mix channels."""
+
 _CHANNELS_SECOND = frozenset(
     {
         *("Conv", "ConvTranspose", "DeformConv", "QLinearConv", "FusedConv"),
@@ -129,7 +131,7 @@ class Flow:
 
     def mixers(self) -> list[ir.Node]:
         """The nodes that mix channels."""
-        return [node for node in self.nodes if node.op_type in _MIXING]
+        return [node for node in self.nodes if node.op_type in MIXING]
 
     def classes(self) -> int | None:
         """K, where it is known."""

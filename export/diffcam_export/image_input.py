@@ -6,6 +6,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from diffcam_export.images import channels_last
+
 _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -54,16 +56,15 @@ class ImageInput:
                 f"{', '.join(_DTYPES)}"
             )
         batch, *rest = (size if isinstance(size, int) else None for size in value.shape)
-        # Three channels or one stand last and not first in models that TensorFlow made.
-        channels_last = rest[2] in (1, 3) and rest[0] not in (1, 3)
-        height, width, channels = rest if channels_last else (rest[1], rest[2], rest[0])
+        last = channels_last(value.shape)
+        height, width, channels = rest if last else (rest[1], rest[2], rest[0])
         return cls(
             name=value.name,
             dtype=_DTYPES[value.type],
             batch=batch,
             size=(height, width),
             channels=channels,
-            channels_last=channels_last,
+            channels_last=last,
         )
 
     def arranged(self, images: Tensor) -> Tensor:

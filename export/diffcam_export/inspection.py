@@ -4,6 +4,7 @@ from pathlib import Path
 
 from diffcam_export.analysis import analyse
 from diffcam_export.flow import dims
+from diffcam_export.images import image_axes
 from diffcam_export.reading import read_onnx
 from diffcam_fast.analysis import Candidate, Inspection
 
@@ -28,6 +29,7 @@ def inspect_onnx(path: Path, *, layer: str | None = None, logits: str | None = N
     assert shape is not None
     c, h, w = (3, 1, 2) if found.channel_axis == 3 else (1, 2, 3)
     images = dims(graph.inputs[0]) or ("?",) * 4
+    channels, height, width = image_axes(graph.inputs[0])
     return Inspection(
         layer=str(found.layer.name),
         shape=(shape[c], shape[h], shape[w]),
@@ -38,5 +40,5 @@ def inspect_onnx(path: Path, *, layer: str | None = None, logits: str | None = N
         weight=None if found.weight is None else found.weight.name,
         probabilities=found.probabilities,
         candidates=tuple(Candidate(c.name, c.shape, c.note) for c in found.candidates),
-        input_shape=(images[1], images[2], images[3]),
+        input_shape=(images[channels], images[height], images[width]),
     )

@@ -86,8 +86,16 @@ def infer_shapes(model: ir.Model) -> None:
             told = ir.serde.deserialize_value_info_proto(found[value.name], None)
             if told.type is not None and value.type is None:
                 value.type = told.type
-            if told.shape is not None and (value.shape is None or not value.is_graph_output()):
+            if told.shape is None:
+                continue
+            if value.shape is None or not value.is_graph_output():
                 value.shape = told.shape
+            elif len(value.shape) == len(told.shape):
+                # Declared names stay; a number says more than a name.
+                value.shape = ir.Shape(
+                    size if isinstance(size, int) and not isinstance(name, int) else name
+                    for name, size in zip(value.shape, told.shape, strict=True)
+                )
 
 
 def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from diffcam_export.flow import REARRANGING, dims, is_float, moving_values, origin, read_by
+from diffcam_export.flow import (
+    MIXING,
+    REARRANGING,
+    Flow,
+    dims,
+    is_float,
+    moving_values,
+    origin,
+    read_by,
+)
 
 
 class OnnxAnalysisError(ValueError):
@@ -48,8 +57,7 @@ def choose(graph: ir.Graph, name: str | None) -> Chosen:
             "no output holds logits (N, K) of two or more classes that depend on the input: "
             f"{_listing(graph.outputs)}. Where a value inside does, name it (--logits)"
         )
-    # What another output is computed from is features, or it holds the same logits.
-    fitting = [one for one in fitting if not _computes(one.logits, fitting)]
+    fitting = _first_of_their_kind(graph, fitting)
     logits = list(dict.fromkeys(one.logits for one in fitting))
     if len(logits) > 1:
         raise OnnxAnalysisError(
@@ -115,17 +123,25 @@ def _before(value: ir.Value) -> ir.Value:
         value = node.inputs[0]
 
 
-def _computes(value: ir.Value, others: list[Chosen]) -> bool:
-    """Whether another's logits are computed from this value."""
-    targets = {one.logits for one in others} - {value}
-    seen, waiting = set(targets), list(targets)
-    while waiting:
-        node = waiting.pop().producer()
-        for source in () if node is None else read_by(node):
-            if source not in seen:
-                seen.add(source)
-                waiting.append(source)
-    return value in seen
+def _first_of_their_kind(graph: ir.Graph, fitting: list[Chosen]) -> list[Chosen]:
+    """Those that are neither features, from which others' logits are computed with weights, nor
+    made of others' logits without any: probabilities, scaled logits, the best few.
+    """
+    dropped = set()
+    for other in fitting:
+        flow = Flow.to(graph, other.logits)
+        for one in fitting:
+            nodes = flow.behind(one.logits)
+            if any(node.op_type in MIXING for node in nodes):
+                dropped.add(one.logits)
+            elif nodes and not any(_learned(v) for node in nodes for v in flow.weights(node)):
+                dropped.add(other.logits)
+    return [one for one in fitting if one.logits not in dropped] or fitting
+
+
+def _learned(weight: ir.Value) -> bool:
+    """Whether it is more than a single number."""
+    return is_float(weight) and dims(weight) not in ((), (1,))
 
 
 def _fits(value: ir.Value, *, least: int = 2) -> bool:

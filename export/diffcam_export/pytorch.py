@@ -5,14 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from diffcam_export.emit import OPSET
+from diffcam_export.options import check_whole
 from diffcam_fast.running import evaluating, find_logits, unwrap
 
 IMAGES, LOGITS = "images", "logits"
+# Of a message of PyTorch, whose first one names the error, and the next ones the reason.
+_LINES = 8
 
 
 class ExportError(ValueError):
@@ -62,6 +67,9 @@ class _Tapped(nn.Module):
         leaves = torch.utils._pytree.tree_leaves(result)
         outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         logits = find_logits(result)
+        if not any(leaf is logits for leaf in outputs):
+            # A class of the user's own, into which PyTorch does not look.
+            outputs = [logits]
         self.logits = next(i for i, leaf in enumerate(outputs) if leaf is logits)
         return (*outputs, *(taken[name] for name in self._layers))
 
@@ -91,22 +99,40 @@ def plain_graph(
     if dynamic_size:
         axes |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with torch.no_grad(), evaluating(model):
-        program = _exported(tapped, images, axes)
-        _plain_means(program.graph)
-        exported = torch.onnx.export(program, (), dynamo=True, opset_version=opset, verbose=False)
-    assert exported is not None
-    graph: ir.Model = exported.model
+        try:
+            graph = _exported(tapped, images, axes, opset)
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            shown = "\n  ".join(lines[:_LINES])
+            raise ExportError(
+                f"PyTorch cannot export the model: {type(error).__name__}: {shown}"
+            ) from error
+    made = graph.opset_imports[""]
+    if made != opset:
+        raise ExportError(f"PyTorch wrote opset {made} and cannot write {opset}; leave opset out")
     return _named(graph, layers, tapped.logits)
 
 
-def _exported(tapped: nn.Module, images: Tensor, axes: dict[int, Any]) -> Any:
-    try:
-        return torch.export.export(tapped, (images,), dynamic_shapes=(axes,), strict=False)
-    except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ExportError(
-            f"PyTorch cannot export the model: {type(error).__name__}: {first}"
-        ) from error
+def check_opset(opset: int) -> None:
+    """Refuses a version of the default operator set that cannot be written.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is out of range.
+    """
+    check_whole("opset", opset, least=OPSET)
+    newest = onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise ValueError(f"opset must be from {OPSET} to {newest}, got {opset}")
+
+
+def _exported(tapped: nn.Module, images: Tensor, axes: dict[int, Any], opset: int) -> ir.Model:
+    program = torch.export.export(tapped, (images,), dynamic_shapes=(axes,), strict=False)
+    _plain_means(program.graph)
+    made = torch.onnx.export(program, (), dynamo=True, opset_version=opset, verbose=False)
+    assert made is not None
+    model: ir.Model = made.model
+    return model
 
 
 def _plain_means(graph: torch.fx.Graph) -> None:

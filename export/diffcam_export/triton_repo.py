@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, ValueInfoProto
 
 from diffcam_export.facts import Facts
+from diffcam_fast.formats import names_onnx
 from diffcam_fast.outputs.atomic import atomic_write
 
 _TYPES: dict[int, str] = {
@@ -55,9 +56,7 @@ def write_triton_repository(
     except Exception as error:
         raise ValueError(f"cannot read {path} as an ONNX model: {error}") from error
     facts = Facts.read({p.key: p.value for p in model.metadata_props}, path=path)
-    name = path.name.removesuffix(".onnx").removesuffix(".cam") if name is None else name
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"{name!r} cannot name a model; take letters, digits, '_', '-' and '.'")
+    name = triton_name(path) if name is None else _checked(name)
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}")
     home = Path(folder) / name
@@ -69,6 +68,25 @@ def write_triton_repository(
         _write(home / _LABELS, "".join(f"{label}\n" for label in map(_one_line, facts.labels)))
     _write(home / "config.pbtxt", triton_config(model, facts, name=name, max_batch=max_batch))
     return home
+
+
+def triton_name(path: Path) -> str:
+    """What a model is called in a repository: as its file, without the suffix.
+
+    Raises:
+        ValueError: that cannot be a folder's name.
+    """
+    stem = path.stem if names_onnx(path.name) else path.name
+    return _checked(stem.removesuffix(".cam"))
+
+
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ValueError(
+            f"{name!r} cannot name a model in Triton Inference Server; take letters, digits, '_', "
+            "'-' and '.'"
+        )
+    return name
 
 
 def triton_config(

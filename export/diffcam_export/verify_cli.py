@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffcam_fast.formats import names_onnx
+
 if TYPE_CHECKING:
     from diffcam_export.verify import Against
 
@@ -80,7 +82,7 @@ def verify(
 def _model(against: str, weights: str | None) -> "Against":
     from diffcam_fast.models.loading import load_model
 
-    if against.endswith(".onnx"):
+    if names_onnx(against):
         if not Path(against).is_file():
             raise ValueError(f"there is no file {against}")
         if weights is not None:

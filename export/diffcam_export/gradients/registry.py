@@ -86,7 +86,7 @@ def refusal(node: ir.Node, reason: str) -> MissingRuleError:
     tensors = ", ".join(repr(value.name) for value in node.outputs if value.name)
     return MissingRuleError(
         f"no gradient through {domain}{node.op_type} (node {node.name!r}, tensor {tensors}"
-        f"{_origin(node)}): {reason}. Choose a layer behind it, or a method without gradients."
+        f"{_origin(node)}): {reason}. Choose a layer behind it."
     )
 
 

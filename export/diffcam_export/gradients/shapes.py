@@ -19,8 +19,9 @@ def static_shape(value: ir.Value) -> tuple[int | None, ...]:
     """
     if value.shape is None:
         raise ValueError(
-            f"the number of axes of tensor {value.name!r} is not known; infer the shapes of the "
-            "model first (onnx.shape_inference.infer_shapes)"
+            f"the number of axes of tensor {value.name!r} cannot be told from the file; fold its "
+            "constants first (onnxscript.optimizer.optimize), choose a layer behind that tensor, "
+            "or export the PyTorch model"
         )
     return tuple(size if isinstance(size, int) else None for size in value.shape)
 
