@@ -171,7 +171,7 @@ def test_photographs_are_prepared_as_pillow_does(
     )
     expected = torch.stack([preprocess(Image.fromarray(one)) for one in images]).numpy()
     assert found.shape == expected.shape
-    # In units of a byte: Pillow rounds after each of its two passes.
+    # In units of a byte; Pillow's weights are rounded, so that what is near half a byte differs.
     bytes_off = np.abs(found - expected) * 255 * np.array(preprocess.std)[:, None, None]
-    assert np.median(bytes_off) < 0.5
-    assert bytes_off.max() < 3
+    assert bytes_off.max() < 1.01
+    assert (bytes_off > 0.01).mean() < 0.003

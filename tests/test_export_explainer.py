@@ -169,6 +169,16 @@ def test_a_file_that_cannot_be_run(made: tuple[Path, torch.nn.Sequential], tmp_p
         opened(made[0], layer="layer3")
 
 
+def test_options_of_the_session(made: tuple[Path, torch.nn.Sequential], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="threads must be at least 1, or None; got -3"):
+        OnnxExplainer(made[0], providers=CPU, threads=-3)
+    with pytest.raises(ValueError, match="providers is empty; name one"):
+        OnnxExplainer(made[0], providers=[])
+    write_explained(path := tmp_path / "four.onnx", metadata={"diffcam.labels": '["a", "b"]'})
+    with pytest.raises(ValueError, match="names 2 classes and has 5"):
+        opened(path)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -176,6 +186,7 @@ def test_a_file_that_cannot_be_run(made: tuple[Path, torch.nn.Sequential], tmp_p
         ("diffcam.preprocess", '{"sise": [2, 2]}'),
         ("diffcam.temperature", "warm"),
         ("diffcam.weights", "[0.5,"),
+        ("diffcam.contrast", "mean"),
     ],
 )
 def test_damaged_metadata(

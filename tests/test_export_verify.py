@@ -21,6 +21,7 @@ from diffcam_export.explainer import OnnxExplainer
 from diffcam_export.triton_repo import write_triton_repository
 from diffcam_export.verify import Report, verify
 from diffcam_export.verify_cli import verify as command
+from diffcam_export.ways import read_preprocess
 from diffcam_fast import Explainer
 from diffcam_fast.cli.main import main
 from diffcam_fast.images.preprocess import Preprocess
@@ -182,6 +183,8 @@ def test_verify_command(made: Path, edited: Callable[..., Path], tmp_path: Path)
         ([str(tmp_path / "none.onnx")], "there is no file"),
         ([str(made), "--against", str(tmp_path / "none.onnx")], "there is no file"),
         ([str(made), "--against", "cat"], "names no model"),
+        ([str(made), "--weights", "random"], "--against, which was not given"),
+        ([str(made), "--against", str(made), "--weights", "random"], "leave --weights out"),
     ):
         done = runner.invoke(command, arguments)
         assert done.exit_code == 2
@@ -253,6 +256,49 @@ def test_explain_refuses_other_files(made: Path, fixed: Path, tmp_path: Path) ->
     assert "10 x 12 pixels" in stderr
 
 
+def test_explain_says_which_preparation_it_assumes(made: Path, fixed: Path, tmp_path: Path) -> None:
+    (photo,) = write_images(tmp_path, 1)
+    # `made` tells how photographs are prepared, `fixed` does not.
+    for model, told in ((made, False), (fixed, True)):
+        code, _, stderr = explain(photo, "-m", model, "--device", "cpu")
+        assert code == 0, stderr
+        assert ("does not tell how photographs are prepared" in " ".join(stderr.split())) == told
+
+
+def test_preprocessing_by_a_word_or_a_file(tmp_path: Path) -> None:
+    assert read_preprocess("imagenet") == Preprocess((224, 224))
+    half = (0.5, 0.5, 0.5)
+    assert read_preprocess("tf:32x48") == Preprocess((32, 48), mean=half, std=half)
+    path = tmp_path / "way.json"
+    path.write_text('{"size": [32, 48], "crop_pct": 1.0, "interpolation": "bicubic"}')
+    assert read_preprocess(str(path)) == Preprocess((32, 48), 1.0, "bicubic")
+    for text in ("cat", "tf:axb", "tf:1x2x3", "imagenet:0", "imagenet:-3"):
+        with pytest.raises(ValueError, match=r"imagenet, tf, either|both at least 1"):
+            read_preprocess(text)
+    for content in ("[1]", "{", "{}", '{"size": 3}', '{"sise": [2, 2]}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"way\.json is no preprocessing .* expected JSON"):
+            read_preprocess(str(path))
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_preprocess(str(tmp_path / "none.json"))
+
+
+def test_photographs_for_an_onnx_file(made: Path, tmp_path: Path) -> None:
+    model = onnx.load(made)
+    del model.metadata_props[:], model.graph.output[1:], model.graph.input[1:]
+    [default] = [t for t in model.graph.initializer if t.name == "targets"]
+    model.graph.initializer.remove(default)
+    extractor = onnx.utils.Extractor(model)
+    onnx.save(extractor.extract_model(["images"], ["logits"]), plain := tmp_path / "plain.onnx")
+    out = tmp_path / "photos.cam.onnx"
+    arguments = ["export", str(plain), "-o", str(out), "--photographs", "--no-verify"]
+    done = CliRunner().invoke(main, [*arguments, "--preprocess", "tf:32"])
+    assert done.exit_code == 0, done.output
+    assert OnnxExplainer(out, providers=CPU).inspect().baked
+    report = checked(out, against=plain)
+    assert report.ok, report.lines()
+
+
 def test_explain_with_a_fixed_batch(fixed: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "photos", 3)
     out = tmp_path / "out"
@@ -292,9 +338,6 @@ def test_explain_pictures_as_they_are(made: Path, tmp_path: Path) -> None:
         (found,) = out.rglob(f"{name}*.npz")
         with np.load(found) as arrays:
             assert np.allclose(arrays["maps"], expected.maps[0].numpy(), atol=1e-6)
-    report = checked(path, against=pooled())
-    assert report.ok, report.lines()
-    assert "preprocessing is in the file" in detail(report, "map of 0")
     with pytest.raises(TypeError, match=r"uint8 \(N, H, W, 3\)"):
         OnnxExplainer(path, providers=CPU)(torch.rand(1, 20, 30, 3))
 

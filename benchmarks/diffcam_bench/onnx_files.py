@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffcam_bench.measure import Timing, alternate
-from diffcam_export.explainer import run
+from diffcam_export.running import run
 from diffcam_export.session import Opened, open_session
 
 CPU = ("CPUExecutionProvider",)

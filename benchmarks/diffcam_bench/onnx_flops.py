@@ -9,7 +9,7 @@ from onnx_ir.passes.common import InlinePass
 from torch import Tensor
 
 from diffcam_bench.onnx_files import CPU
-from diffcam_export.explainer import run
+from diffcam_export.running import run
 from diffcam_export.session import open_session
 
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})

@@ -145,6 +145,8 @@ def prepare(request: Request, console: Console) -> Job:
         described, explainer = open_explained(request)
         loaded = resized(described, request.size)
         device = described.device
+        if described.assumed is not None:
+            console.say(described.assumed)
         if described.single:
             request = replace(request, batch_size=1)
     else:

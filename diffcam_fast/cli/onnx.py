@@ -42,6 +42,7 @@ class Described:
         single: It takes pictures of any size, each of which is a batch of its own.
         device: Where it runs.
         choices: What was chosen when it was exported, a line each.
+        assumed: What is taken for granted because the file does not tell, or None.
     """
 
     preprocess: Preprocess
@@ -50,6 +51,7 @@ class Described:
     single: bool
     device: str
     choices: tuple[str, ...]
+    assumed: str | None = None
 
 
 class AsItIs(Preprocess):
@@ -111,6 +113,13 @@ def open_explained(request: "Request") -> tuple[Described, Explains]:
     else:
         height, width = explainer.size
         known = known.with_size((height or known.size[0], width or known.size[1]))
+    assumed = None
+    if facts.preprocess is None:
+        assumed = (
+            f"{request.model} does not tell how photographs are prepared for it; as for ImageNet's"
+            " networks: short side, centre crop, ImageNet's mean and deviation. To have it told,"
+            " export with --preprocess"
+        )
     labels = facts.labels
     if labels is None and explainer.classes == len(imagenet_labels()):
         labels = imagenet_labels()
@@ -118,5 +127,8 @@ def open_explained(request: "Request") -> tuple[Described, Explains]:
         f"layer: {explainer.layer}, of {facts.source or 'a model without a name'}",
         f"gradient: {', '.join(facts.heads)}, as diffcam-fast {facts.version} exported it",
     )
-    described = Described(known, labels, request.model, facts.baked, str(explainer.device), choices)
-    return described, explainer
+    device_name = str(explainer.device)
+    return (
+        Described(known, labels, request.model, facts.baked, device_name, choices, assumed),
+        explainer,
+    )

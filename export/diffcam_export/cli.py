@@ -43,6 +43,12 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--topk", type=click.IntRange(1), help="Explain the k most probable classes.")
 @click.option("--heatmap", type=click.Choice(("float32", "uint8")), help="Also make heatmaps.")
 @click.option("--photographs", is_flag=True, help="Take uint8 photographs of any size.")
+@click.option(
+    "--preprocess",
+    metavar="WAY",
+    help="How photographs become the input, where the model does not tell: imagenet, tf (-1 to 1),"
+    " with another size than 224 tf:299; or FILE.json, as in diffcam.preprocess.",
+)
 @click.option("--labels", type=_FILE, help="Class names to keep in the file.")
 @click.option("--size", help="Input size of the network: 224, or HEIGHTxWIDTH.")
 @click.option("--dynamic-size", is_flag=True, help="Height and width may change between calls.")
@@ -72,6 +78,7 @@ def export(
     topk: int | None,
     heatmap: Literal["float32", "uint8"] | None,
     photographs: bool,
+    preprocess: str | None,
     labels: Path | None,
     size: str | None,
     dynamic_size: bool,
@@ -94,6 +101,7 @@ def export(
     # Here, not above: PyTorch takes seconds to import, and --help needs none of it.
     from diffcam_export.export import export_onnx
     from diffcam_export.triton_repo import triton_name, write_triton_repository
+    from diffcam_export.ways import read_preprocess
     from diffcam_fast.models.labels import read_labels
 
     out = out or Path(f"{_stem(model)}.cam.onnx")
@@ -117,6 +125,7 @@ def export(
             targets=targets,
             topk=topk,
             heatmap=heatmap,
+            preprocess=None if preprocess is None else read_preprocess(preprocess),
             bake_preprocess=photographs,
             labels=None if labels is None else read_labels(labels),
             dtype="float16" if half else None,

@@ -1,7 +1,6 @@
 """Explained ONNX files, run as the engine runs a PyTorch model."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,49 +8,16 @@ import torch
 from torch import Tensor
 
 from diffcam_export.facts import Facts
-from diffcam_export.images import channels_last
-from diffcam_export.session import Opened, Provider, first_line, open_session
+from diffcam_export.image_input import ImageInput
+from diffcam_export.running import run
+from diffcam_export.session import Opened, Provider, open_session
 from diffcam_fast.explainer import Targets, resolve_targets
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_kernels import ops
 
 TARGETS = "targets"
-_DTYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(double)": torch.float64,
-    "tensor(uint8)": torch.uint8,
-}
-_NUMPY = {
-    torch.float32: np.float32,
-    torch.float16: np.float16,
-    torch.float64: np.float64,
-    torch.uint8: np.uint8,
-    torch.int64: np.int64,
-}
 _SMALLEST = torch.finfo(torch.float32).tiny
-
-
-@dataclass(frozen=True)
-class ImageInput:
-    """The images as an explained file takes them.
-
-    Attributes:
-        name: of the graph's input.
-        dtype: of its elements.
-        batch: the only batch size, or None.
-        size: height and width in pixels, each None where any will do.
-        channels: C, or None where the file does not say.
-        channels_last: it is (N, H, W, C), as TensorFlow has it.
-    """
-
-    name: str
-    dtype: torch.dtype
-    batch: int | None
-    size: tuple[int | None, int | None]
-    channels: int | None
-    channels_last: bool
 
 
 class OnnxExplainer:
@@ -114,7 +80,12 @@ class OnnxExplainer:
         classes = shapes[self._facts.output][1]
         # Where the file does not say, classes that are out of range are left to ONNX Runtime.
         self._classes = classes if isinstance(classes, int) else None
-        self._input = _image_input(self._opened, self._facts, path)
+        labels = self._facts.labels
+        if labels is not None and self._classes not in (None, len(labels)):
+            raise ValueError(
+                f"{path} names {len(labels)} classes and has {self._classes}; export it again"
+            )
+        self._input = ImageInput.of(session, self._facts.input, path=path)
 
     @property
     def layer(self) -> str:
@@ -186,9 +157,9 @@ class OnnxExplainer:
         """Explains a batch.
 
         Args:
-            images: (N, C, H, W) float, normalised as the model takes it, or uint8 (N, H, W, 3)
-                where preprocessing was baked in. Cast to the dtype of the file; on a GPU they are
-                read where they are.
+            images: (N, C, H, W) float, normalised as the model takes it, also (N, H, W, C) where
+                the model takes that; or uint8 (N, H, W, 3) where preprocessing was baked in. Cast
+                to the dtype of the file; on a GPU they are read where they are.
             targets: as `Explainer` takes them, where the file was exported with targets='input';
                 otherwise None or "predicted".
             topk: the k best classes, where the file was exported with as many.
@@ -261,21 +232,13 @@ class OnnxExplainer:
                 f"images must be floating point, normalised as the model takes them; got "
                 f"{images.dtype}"
             )
-        if takes.channels_last and not as_pixels:
-            images = images.permute(0, 2, 3, 1)
+        images = takes.arranged(images)
         self._check_shape(images)
         return images.detach().to(device=self._opened.device, dtype=takes.dtype).contiguous()
 
     def _check_shape(self, images: Tensor) -> None:
         takes = self._input
-        height, width, channels = (
-            images.shape[1:]
-            if takes.channels_last
-            else (
-                *images.shape[2:],
-                images.shape[1],
-            )
-        )
+        height, width, channels = takes.sides(images)
         if takes.channels not in (None, channels):
             raise ValueError(
                 f"{self._path} takes images of {takes.channels} channels, got {channels}"
@@ -320,71 +283,7 @@ class OnnxExplainer:
         return logits.flatten(1), classes, maps
 
 
-def run(opened: Opened, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
-    """Runs a session on tensors, on the device where they are.
-
-    Args:
-        opened: the session.
-        feeds: contiguous tensors on the session's device, by input.
-        names: of the outputs that are wanted.
-
-    Returns:
-        The outputs, on the same device, in memory of their own.
-
-    Raises:
-        RuntimeError: ONNX Runtime failed.
-    """
-    try:
-        if opened.device.type == "cpu":
-            arrays = opened.session.run(names, {name: t.numpy() for name, t in feeds.items()})
-            return [torch.from_numpy(array) for array in arrays]
-        return _run_bound(opened, feeds, names)
-    except Exception as error:
-        raise RuntimeError(f"ONNX Runtime failed: {first_line(error)}") from error
-
-
-def _run_bound(opened: Opened, feeds: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
-    binding = opened.session.io_binding()
-    index = opened.device.index
-    for name, tensor in feeds.items():
-        binding.bind_input(
-            name, "cuda", index, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
-        )
-    for name in names:
-        binding.bind_output(name, "cuda", index)
-    stream = torch.cuda.current_stream(opened.device)
-    # ONNX Runtime works on a stream of its own, which must not begin before the images are there.
-    stream.synchronize()
-    opened.session.run_with_iobinding(binding)
-    binding.synchronize_outputs()
-    # Copies on the device: the outputs lie in memory that the session takes back.
-    tensors = [torch.utils.dlpack.from_dlpack(value).clone() for value in binding.get_outputs()]
-    stream.synchronize()
-    return tensors
-
-
 def _filled(rows: Tensor, size: int) -> Tensor:
     """Rows up to a batch of fixed size, the last one repeated."""
     lacking = size - len(rows)
     return rows if lacking == 0 else torch.cat([rows, rows[-1:].expand(lacking, *rows.shape[1:])])
-
-
-def _image_input(opened: Opened, facts: Facts, path: str | Path) -> ImageInput:
-    value = next((v for v in opened.session.get_inputs() if v.name == facts.input), None)
-    if value is None or len(value.shape) != 4 or value.type not in _DTYPES:
-        what = "is missing" if value is None else f"is {value.type} {value.shape}"
-        raise ValueError(
-            f"the input {facts.input!r} of {path} {what}; expected images (N, C, H, W) of "
-            f"{', '.join(_DTYPES)}"
-        )
-    batch, *rest = (size if isinstance(size, int) else None for size in value.shape)
-    last = channels_last(value.shape)
-    height, width, channels = rest if last else (rest[1], rest[2], rest[0])
-    return ImageInput(
-        name=value.name,
-        dtype=_DTYPES[value.type],
-        batch=batch,
-        size=(height, width),
-        channels=channels,
-        channels_last=last,
-    )

@@ -110,14 +110,17 @@ class Facts:
 
     @classmethod
     def _read(cls, metadata: Mapping[str, str]) -> "Facts":
-        preprocess, baked = _preprocess(metadata.get("diffcam.preprocess"))
+        contrast, name = _contrast(metadata), metadata["diffcam.contrast"]
+        if name != contrast.name:
+            raise ValueError(f"diffcam.contrast is {name}, the rest of it means {contrast.name}")
+        preprocess, baked = preprocess_of(metadata.get("diffcam.preprocess"))
         labels = metadata.get("diffcam.labels")
         return cls(
             version=metadata["diffcam.version"],
             layers=_split(metadata["diffcam.layer"]),
             method=metadata["diffcam.method"],
-            contrast=_contrast(metadata),
-            contrast_name=metadata["diffcam.contrast"],
+            contrast=contrast,
+            contrast_name=name,
             relu=metadata.get("diffcam.relu", "true") == "true",
             heads=tuple(metadata["diffcam.head"].split(",")),
             input=metadata["diffcam.input"],
@@ -160,7 +163,12 @@ def _contrast(metadata: Mapping[str, str]) -> Contrast:
     )
 
 
-def _preprocess(text: str | None) -> tuple[Preprocess | None, bool]:
+def preprocess_of(text: str | None) -> tuple[Preprocess | None, bool]:
+    """What `diffcam.preprocess` says, and whether the file does it itself; None: it is absent.
+
+    Raises:
+        ValueError, TypeError, AttributeError: it is no JSON, or says something else.
+    """
     if text is None:
         return None, False
     values: dict[str, Any] = json.loads(text)

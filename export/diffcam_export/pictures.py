@@ -69,7 +69,7 @@ def prepared(
     """The network's input (N, 3, H, W) from uint8 photographs (N, height, width, 3).
 
     Follows `diffcam_fast.images.preprocess.Preprocess`, with ONNX's antialiasing in place of
-    Pillow's and no rounding to bytes after the resize.
+    Pillow's, whose weights are whole numbers: a few bytes in a thousand differ, by 1.
 
     Args:
         emit: what writes the nodes.
@@ -82,16 +82,30 @@ def prepared(
     sides = emit("Shape", photographs, dtype=ir.DataType.INT64, start=1, end=3)
     target = [math.floor(side / preprocess.crop_pct + 1e-6) for side in preprocess.size]
     resized = _resized_sides(emit, sides, target)
-    whole = emit(
-        "Concat", emit("Shape", x, dtype=ir.DataType.INT64, start=0, end=2), resized, axis=0
+    first, last = (
+        emit("Slice", resized, emit.ints(i), emit.ints(i + 1), emit.ints(0)) for i in (0, 1)
     )
+    # One axis after the other, with bytes between them, as Pillow does: width, then height.
+    old_height = emit("Shape", photographs, dtype=ir.DataType.INT64, start=1, end=2)
+    x = _resized(emit, x, [old_height, last], preprocess)
+    x = _resized(emit, x, [first, last], preprocess)
+    x = _cropped(emit, x, resized, preprocess.size)
+    mean = 255 * np.array(preprocess.mean, np.float32)[:, None, None]
+    std = 255 * np.array(preprocess.std, np.float32)[:, None, None]
+    x = emit("Div", emit("Sub", x, emit.constant(mean)), emit.constant(std))
+    return x if dtype == x.dtype else emit("Cast", x, dtype=dtype, to=dtype)
+
+
+def _resized(emit: Emitter, x: ir.Value, sides: list[ir.Value], preprocess: Preprocess) -> ir.Value:
+    """x (N, C, height, width) at other sides, int64 (1,) each; whole numbers from 0 to 255."""
+    kept = emit("Shape", x, dtype=ir.DataType.INT64, start=0, end=2)
     cubic = preprocess.interpolation == "bicubic"
     x = emit(
         "Resize",
         x,
         None,
         None,
-        whole,
+        emit("Concat", kept, *sides, axis=0),
         mode="cubic" if cubic else "linear",
         coordinate_transformation_mode="half_pixel",
         antialias=1,
@@ -99,13 +113,10 @@ def prepared(
         cubic_coeff_a=-0.5,
         exclude_outside=int(cubic),
     )
-    x = _cropped(emit, x, resized, preprocess.size)
-    # Bytes have no value beyond 0 and 255; a cubic filter overshoots.
+    # Bytes have no value beyond 0 and 255; a cubic filter overshoots. Half a byte goes up, which
+    # it does not in Round.
     x = emit("Clip", x, emit.like(x, 0), emit.like(x, 255))
-    mean = 255 * np.array(preprocess.mean, np.float32)[:, None, None]
-    std = 255 * np.array(preprocess.std, np.float32)[:, None, None]
-    x = emit("Div", emit("Sub", x, emit.constant(mean)), emit.constant(std))
-    return x if dtype == x.dtype else emit("Cast", x, dtype=dtype, to=dtype)
+    return emit("Floor", emit("Add", x, emit.like(x, 0.5)))
 
 
 def _resized_sides(emit: Emitter, sides: ir.Value, target: list[int]) -> ir.Value:

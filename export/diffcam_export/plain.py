@@ -9,6 +9,9 @@ from onnx_ir.passes import common
 PREFIX = "diffcam_"
 
 
+_QUANTIZED = ("QuantizeLinear", "QLinear", "Integer")
+
+
 @dataclass(frozen=True)
 class Plain:
     """A model to compare with.
@@ -18,21 +21,36 @@ class Plain:
         model: a file, or bytes whose external data lies beside the explained file.
         nodes: how many it has, those inside functions and subgraphs included.
         bytes: of the model and its external data.
+        half: some of its values are float16.
+        quantized: some of its operators are those of whole numbers.
     """
 
     name: str
     model: Path | bytes
     nodes: int
     bytes: int
+    half: bool
+    quantized: bool
 
 
 def plain_file(path: Path) -> Plain:
     """A file as it is."""
     model = ir.load(path)
-    return Plain(str(path), path, count_nodes(model), path.stat().st_size + _external(model))
+    size = path.stat().st_size + _external(model)
+    return Plain(str(path), path, count_nodes(model), size, *_kinds(model))
 
 
 def plain_part(path: Path) -> Plain:
+    """What is left of an explained file; see `plain_model`."""
+    model = plain_model(path)
+    external = _external(model)
+    serialised = ir.to_proto(model).SerializeToString()
+    size = len(serialised) + external
+    name = "the file without maps"
+    return Plain(name, serialised, count_nodes(model), size, *_kinds(model))
+
+
+def plain_model(path: Path) -> ir.Model:
     """What is left of an explained file when its outputs named `diffcam_...` are taken away, with
     the nodes and weights that no other output needs. The file itself is not changed.
     """
@@ -50,19 +68,28 @@ def plain_part(path: Path) -> Plain:
         value for value in graph.inputs if value.uses() or value.name not in graph.initializers
     ]
     unused(model)
-    external = _external(model)
-    serialised = ir.to_proto(model).SerializeToString()
-    return Plain(
-        "the file without maps", serialised, count_nodes(model), len(serialised) + external
-    )
+    return model
 
 
 def count_nodes(model: ir.Model) -> int:
     """How many nodes a model has, those inside functions and subgraphs included."""
+    return len(_nodes(model))
+
+
+def _kinds(model: ir.Model) -> tuple[bool, bool]:
+    """Whether there is float16 in it, and whether there are quantized operators."""
+    nodes = _nodes(model)
+    values = [v for node in nodes for v in [*node.inputs, *node.outputs] if v is not None]
+    half = any(value.dtype == ir.DataType.FLOAT16 for value in values)
+    quantized = any(mark in node.op_type for node in nodes for mark in _QUANTIZED)
+    return half, quantized
+
+
+def _nodes(model: ir.Model) -> list[ir.Node]:
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     nodes = [node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)]
     # A constant is data; whether it stands in a node or in an initializer is a matter of taste.
-    return sum(node.op_type != "Constant" for node in nodes)
+    return [node for node in nodes if node.op_type != "Constant"]
 
 
 def _external(model: ir.Model) -> int:

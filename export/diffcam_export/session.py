@@ -73,6 +73,10 @@ def open_session(
         raise ValueError(f"there is no ONNX file {model}")
     if isinstance(providers, str):
         raise ValueError(f"providers must be a list such as [{providers!r}], got a text")
+    if providers is not None and not providers:
+        raise ValueError(f"providers is empty; name one, such as {CPU}, or give None")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, or None; got {threads}")
     asked = {name_of(p): {} if isinstance(p, str) else p[1] for p in providers or ()}
     missing = {name: reason for name in asked if (reason := why_not(name)) is not None}
     if strict:
