@@ -75,6 +75,7 @@ setup(
             *BENCH,
             "hypothesis>=6.100",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "selenium>=4.20",
             "setuptools>=77",
             # The schema that config.pbtxt is checked against.
