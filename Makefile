@@ -14,7 +14,7 @@ demo: $(VENV)/.demo  ## explain real photographs with a real ImageNet network; n
 	$(BIN)/python -m diffcam_fast.demo -o demo-out
 
 test: $(VENV)/.test  ## install what the tests need, and run them
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 slow: $(VENV)/.test  ## the tests that take minutes to hours
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

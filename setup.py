@@ -1,7 +1,7 @@
 """Packaging of diffcam-fast: one distribution, several source roots.
 
-`kernels/` and `benchmarks/` are source roots without an `__init__.py` of their own: an import
-package called `kernels` would collide with a published one of that name.
+`kernels/`, `export/` and `benchmarks/` are source roots without an `__init__.py` of their own: an
+import package called `kernels` would collide with a published one of that name.
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ from setuptools import find_packages, setup
 ROOTS = {
     "diffcam_kernels": "kernels",
     "diffcam_fast": ".",
+    "diffcam_export": "export",
     "diffcam_bench": "benchmarks",
 }
 
@@ -45,6 +46,7 @@ setup(
         "diffcam_fast": ["py.typed"],
         "diffcam_fast.models": ["*.txt"],
         "diffcam_fast.outputs": ["*.html"],
+        "diffcam_export": ["py.typed"],
         "diffcam_bench": ["py.typed"],
     },
     install_requires=[
@@ -52,6 +54,10 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "numpy>=1.26",
+        "onnx>=1.19",
+        "onnx-ir>=1.0",
+        "onnxruntime-gpu>=1.23",
+        "onnxscript>=0.5",
         "pillow>=11",
         "pyarrow>=17",
         "safetensors>=0.4",
@@ -69,8 +75,11 @@ setup(
             *BENCH,
             "hypothesis>=6.100",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "selenium>=4.20",
             "setuptools>=77",
+            # The schema that config.pbtxt is checked against.
+            "tritonclient>=2.60",
         ],
         "dev": ["mypy==2.4.1", "ruff==0.17.6"],
     },

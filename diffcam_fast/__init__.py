@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffcam_export import OnnxExplainer, export_onnx
     from diffcam_fast.analysis import AnalysisError, Candidate, Inspection
     from diffcam_fast.contrast import Contrast, contrast_score
     from diffcam_fast.explainer import Explainer
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AnalysisError": "analysis",
-    "Candidate": "analysis",
-    "Contrast": "contrast",
-    "Explainer": "explainer",
-    "Explanation": "explanation",
-    "Inspection": "analysis",
-    "contrast_score": "contrast",
+    "AnalysisError": "diffcam_fast.analysis",
+    "Candidate": "diffcam_fast.analysis",
+    "Contrast": "diffcam_fast.contrast",
+    "Explainer": "diffcam_fast.explainer",
+    "Explanation": "diffcam_fast.explanation",
+    "Inspection": "diffcam_fast.analysis",
+    "OnnxExplainer": "diffcam_export",
+    "contrast_score": "diffcam_fast.contrast",
+    "export_onnx": "diffcam_export",
 }
 
 __all__ = [
@@ -33,7 +36,9 @@ __all__ = [
     "Explainer",
     "Explanation",
     "Inspection",
+    "OnnxExplainer",
     "contrast_score",
+    "export_onnx",
 ]
 
 
@@ -45,4 +50,4 @@ def __getattr__(name: str) -> Any:
     # PyTorch is imported with the first name that needs it, so that `diffcam --help` is quick.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

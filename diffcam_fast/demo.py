@@ -101,8 +101,10 @@ def _table(job: "Job", photographs: Sequence[Path]) -> Iterator[str]:
 
     from diffcam_fast.cli.job import make_explainer
     from diffcam_fast.images.read import read_image
+    from diffcam_fast.models.loading import LoadedModel
 
     loaded = job.loaded
+    assert isinstance(loaded, LoadedModel)
     images = torch.stack([loaded.preprocess(read_image(path)) for path in photographs])
     plain = make_explainer(loaded, method="grad_cam")(images).maps
     columns = [

@@ -12,7 +12,7 @@ from diffcam_fast.analysis import AnalysisError, Inspection, analyse
 from diffcam_fast.analysis.inspection import example_images
 from diffcam_fast.contrast import Contrast
 from diffcam_fast.explanation import Explanation
-from diffcam_fast.methods import get_method
+from diffcam_fast.methods import Method, get_method
 from diffcam_fast.running import OutputError, tensor_named, unwrap
 from diffcam_fast.split import Split, forward, head_gradients
 from diffcam_kernels import ops
@@ -85,13 +85,7 @@ class Explainer:
                 "the model was made under inference_mode, and its tensors can take part in no "
                 "gradient; give a copy.deepcopy of it that is made outside"
             )
-        self._method = get_method(method)
-        default = "log_odds" if temperature is not None else self._method.contrast
-        self._contrast = Contrast.parse(
-            default if contrast is None else contrast, temperature=temperature
-        )
-        if self._method.needs_contrast and self._contrast.name == "none":
-            raise ValueError(f"{method} is defined by its contrast; without one it is grad_cam")
+        self._method, self._contrast = method_and_contrast(method, contrast, temperature)
         self._relu = relu
         self._lock = threading.Lock()
         self._inspections: dict[tuple[int, ...], Inspection] = {}
@@ -170,7 +164,7 @@ class Explainer:
         assert found.weight is not None
         split = forward(self._model, images, found.layer, channel_axis=found.channel_axis)
         with _plain_float32(images):
-            asked = _resolve(targets, topk, split.logits)
+            asked = resolve_targets(targets, topk, split.logits)
             weight = tensor_named(self._model, found.weight).detach().flatten(1)
             cells = split.activations.shape[2] * split.activations.shape[3]
             weights, classes, scores = ops.contrast_channel_weights(
@@ -186,7 +180,7 @@ class Explainer:
 
         def cotangents(logits: Tensor) -> Tensor:
             with _plain_float32(logits):
-                asked = _resolve(targets, topk, logits)
+                asked = resolve_targets(targets, topk, logits)
                 d: Tensor
                 d, classes, scores = ops.contrast_gradient(
                     logits, asked, *self._contrast.operands(logits, asked)
@@ -287,6 +281,22 @@ class Explainer:
         self._why_not = f"the model takes no random images of the usual sizes ({refused[0]})"
 
 
+def method_and_contrast(
+    method: str, contrast: str | Contrast | None, temperature: float | None
+) -> tuple[Method, Contrast]:
+    """The method of this name and the contrast that it takes, as `Explainer` reads them.
+
+    Raises:
+        ValueError: an unknown method or contrast, or settings that exclude each other.
+    """
+    found = get_method(method)
+    default = "log_odds" if temperature is not None else found.contrast
+    parsed = Contrast.parse(default if contrast is None else contrast, temperature=temperature)
+    if found.needs_contrast and parsed.name == "none":
+        raise ValueError(f"{method} is defined by its contrast; without one it is grad_cam")
+    return found, parsed
+
+
 def _dotted_name(model: nn.Module, layer: str | nn.Module | None) -> str | None:
     if layer is None or isinstance(layer, str):
         return layer
@@ -319,7 +329,7 @@ def _size(images: Tensor) -> tuple[int, int]:
     return images.shape[2], images.shape[3]
 
 
-def _resolve(targets: Targets, topk: int | None, logits: Tensor) -> Tensor | None:
+def resolve_targets(targets: Targets, topk: int | None, logits: Tensor) -> Tensor | None:
     """Targets as (N, T) int64 on the device of the logits, checked against their classes; None is
     the prediction, which the operators find themselves.
     """

@@ -95,6 +95,11 @@ def pick_logits(output: Any) -> Tensor:
     Raises:
         OutputError: nothing of the kind is there, or it is not clear which one is meant.
     """
+    return find_logits(output).flatten(1)
+
+
+def find_logits(output: Any) -> Tensor:
+    """As `pick_logits`, the very tensor that the classifier returns."""
     found = _find_logits(output)
     if len(found) > 1:
         raise OutputError(
@@ -106,7 +111,7 @@ def pick_logits(output: Any) -> Tensor:
             f"the model must return logits (N, K), or something that holds them as `logits`; "
             f"it returned {_describe(output)}"
         )
-    return found[0].flatten(1)
+    return found[0]
 
 
 def _find_logits(output: Any) -> list[Tensor]:

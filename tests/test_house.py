@@ -48,7 +48,9 @@ def imports(tree: ast.AST, *, lazy: bool = False) -> Iterator[tuple[str, int, bo
         for name in names:
             yield name.split(".")[0], node.lineno, lazy
         inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        yield from imports(node, lazy=lazy or inside)
+        # For a type checker alone: nothing is imported when the module is.
+        typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        yield from imports(node, lazy=lazy or inside or typing)
 
 
 def violations(source: str, *, package: str, may_look_up: bool = False) -> list[str]:
@@ -81,6 +83,8 @@ def modules() -> list[tuple[str, Path]]:
         ("def f():\n    from diffcam_bench import run", "diffcam_fast", False, 1),
         ("if x:\n    import_module('diffcam_export.a')", "diffcam_fast", False, 1),
         ("try:\n    import triton\nexcept ImportError:\n    pass", "diffcam_export", False, 1),
+        ("if TYPE_CHECKING:\n    from diffcam_export import a", "diffcam_fast", True, 0),
+        ("if TYPE_CHECKING:\n    from diffcam_export import a", "diffcam_fast", False, 1),
         ("from tests import networks", "diffcam_bench", False, 1),
     ],
 )

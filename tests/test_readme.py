@@ -1,4 +1,5 @@
-"""The README's code blocks run as they stand there, in a folder with the photographs of the demo.
+"""The code blocks of README.md and docs/deploy.md run as they stand there, in a folder with the
+photographs of the demo and an explained ONNX file.
 
 A block that must not run says why on its fence: ```bash not-run: REASON.
 """
@@ -6,8 +7,10 @@ A block that must not run says why on its fence: ```bash not-run: REASON.
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,10 +19,13 @@ from pathlib import Path
 import pytest
 
 from diffcam_fast.demo import copy_photographs
+from explained import write_explained
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 SHELLS = {"bash", "console"}
+# Where Debian's libonnxruntime-dev puts its headers.
+INCLUDES = ["-I/usr/include/onnxruntime", "-I/usr/include/onnxruntime/core/session"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,14 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
-README = [
-    block
-    for block in blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-    if block.language in SHELLS | {"python"}
-]
+def blocks_of(document: str) -> list[Block]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return [block for block in blocks(text) if block.language in SHELLS | {"python", "cpp"}]
+
+
+README = blocks_of("README.md")
+DEPLOY = blocks_of("docs/deploy.md")
+DOCUMENTS = [("README", block) for block in README] + [("deploy", block) for block in DEPLOY]
 
 
 def make_targets(line: str) -> list[str] | None:
@@ -65,14 +74,22 @@ def make_targets(line: str) -> list[str] | None:
     return [word for word in words[1:] if "=" not in word] if words[:1] == ["make"] else None
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "classifier.cam.onnx"
+    write_explained(path, labels=True)
+    return path
+
+
 @pytest.fixture
-def workplace(tmp_path: Path) -> Path:
-    """Return a folder with demo-out/photos/, as `make demo` leaves it."""
+def workplace(tmp_path: Path, classifier: Path) -> Path:
+    """Return a folder with demo-out/photos/, as `make demo` leaves it, and an explained file."""
     copy_photographs(tmp_path / "demo-out" / "photos")
+    shutil.copy(classifier, tmp_path / "classifier.cam.onnx")
     return tmp_path
 
 
-def run(command: list[str], folder: Path) -> None:
+def run(command: list[str], folder: Path) -> str:
     scripts = str(Path(sys.executable).parent)
     done = subprocess.run(
         command,
@@ -83,6 +100,29 @@ def run(command: list[str], folder: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\nexit code {done.returncode}"
+    return done.stdout
+
+
+def run_cpp(source: str, folder: Path) -> None:
+    """Compiles against the headers where the compiler finds them, and Python's own library."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    (folder / "explain.cpp").write_text(source)
+    header = ["-include", "onnxruntime_cxx_api.h", "-fsyntax-only", "-x", "c++", "/dev/null"]
+    if subprocess.run(["g++", "-std=c++17", *INCLUDES, *header], capture_output=True).returncode:
+        pytest.skip("needs the C++ headers of ONNX Runtime, in CPATH or installed")
+    spec = importlib.util.find_spec("onnxruntime")
+    assert spec is not None
+    assert spec.origin is not None
+    capi = Path(spec.origin).parent / "capi"
+    (library,) = capi.glob("libonnxruntime.so.*")
+    # The name under which a release has it, and programs look for it.
+    (folder / "libonnxruntime.so.1").symlink_to(library)
+    where = [f"-L{folder}", "-l:libonnxruntime.so.1", f"-Wl,-rpath,{folder}"]
+    compile_it = ["g++", "-std=c++17", "explain.cpp", *INCLUDES, *where, "-o", "explain"]
+    run(compile_it, folder)
+    told = run(["./explain"], folder)
+    assert re.fullmatch(r"class \d, map 112 x 112, first cell [\d.e-]+\n", told), told
 
 
 def test_fences_are_read() -> None:
@@ -104,7 +144,7 @@ def test_readme_names_its_two_commands() -> None:
 
 
 def test_a_block_that_does_not_run_says_why() -> None:
-    silent = [block.line for block in README if block.note and not block.reason]
+    silent = [(name, b.line) for name, b in DOCUMENTS if b.note and not b.reason]
     assert silent == []
 
 
@@ -118,12 +158,18 @@ def test_make_targets_exist() -> None:
 
 @pytest.mark.parametrize(
     "block",
-    [block for block in README if block.reason is None],
-    ids=lambda block: f"line{block.line}-{block.language}",
+    [
+        pytest.param(block, id=f"{name}-line{block.line}-{block.language}")
+        for name, block in DOCUMENTS
+        if block.reason is None
+    ],
 )
 def test_block_runs(block: Block, workplace: Path) -> None:
     if block.language == "python":
         run([sys.executable, "-c", block.body], workplace)
+        return
+    if block.language == "cpp":
+        run_cpp(block.body, workplace)
         return
     # make runs are this very test run, and the demo: their targets are checked above
     lines = [line for line in block.commands() if make_targets(line) is None]

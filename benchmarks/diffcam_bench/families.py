@@ -6,18 +6,16 @@ definitions.
 """
 
 import copy
-import multiprocessing
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffcam_bench.bounded import OutOfBounds, Worker
 from diffcam_bench.rows import provenance, read_rows, write_rows
 from diffcam_bench.zoo import Network, build, size_of
 from diffcam_fast import Explainer
@@ -75,10 +73,7 @@ def check(name: str, *, size: tuple[int, int] | None = None) -> Result:
     try:
         result = _compare(model, (height, width), result)
     except Exception as error:  # noqa: BLE001 - the sweep lists whatever a network raises
-        reason = f"{type(error).__name__}: {_first_sentence(str(error))}"
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            reason = "not checked: it takes more memory than the sweep grants"
-        result = replace(result, reason=reason)
+        result = replace(result, reason=reason_of(error))
     return replace(result, seconds=f"{time.perf_counter() - start:.0f}")
 
 
@@ -160,13 +155,25 @@ def autograd_maps(model: nn.Module, images: Tensor, targets: Tensor, found: Insp
     logits = logits[0] if isinstance(logits, tuple | list) else logits
     logits = logits.flatten(1).log() if found.probabilities else logits.flatten(1)
     [activation] = kept
+    return differentiated_maps(logits, activation, targets, found.channel_axis)
+
+
+def differentiated_maps(
+    logits: Tensor, activation: Tensor, targets: Tensor, channel_axis: int
+) -> Tensor:
+    """Signed DiffGradCAM maps (N, T, h, w) under the log-odds contrast, by autograd.
+
+    Args:
+        logits: (N, K), with a graph that leads back to the activation.
+        activation: (N, C, h, w), or with its channels on another axis.
+        targets: (N, T) int64.
+        channel_axis: of the activation.
+    """
     maps = []
     for column in targets.T:
         score = _log_odds(logits, column).sum()
         [gradient] = torch.autograd.grad(score, activation, retain_graph=True)
-        gradient, detached = (
-            t.movedim(found.channel_axis, 1) for t in (gradient, activation.detach())
-        )
+        gradient, detached = (t.movedim(channel_axis, 1) for t in (gradient, activation.detach()))
         maps.append((gradient.mean(dim=(2, 3), keepdim=True) * detached).sum(dim=1))
     return torch.stack(maps, dim=1)
 
@@ -175,6 +182,16 @@ def _log_odds(logits: Tensor, target: Tensor) -> Tensor:
     """log(p_c / (1 - p_c)), (N,)."""
     others = logits.scatter(1, target[:, None], -torch.inf)
     return logits.gather(1, target[:, None])[:, 0] - others.logsumexp(dim=1)
+
+
+def reason_of(error: Exception) -> str:
+    """What kept a network from being checked or explained, on one line."""
+    lacks_memory = isinstance(error, MemoryError) or any(
+        text in str(error) for text in ("can't allocate memory", "bad allocation", "bad_alloc")
+    )
+    if lacks_memory:
+        return "not checked: it takes more memory than the sweep grants"
+    return f"{type(error).__name__}: {_first_sentence(str(error))}"
 
 
 def _first_sentence(text: str) -> str:
@@ -207,12 +224,12 @@ def sweep(
         row["model"]: dict(row) for row in (read_rows(path) if path else [])
     }
     source = provenance("torchvision", "timm", threads=threads)
-    with _Worker(threads, memory_gib) as worker:
+    with Worker(check, threads=threads, memory_gib=memory_gib) as worker:
         for network in networks:
-            if network.name in rows and not _unfinished(rows[network.name]):
+            if network.name in rows and not unfinished(rows[network.name]):
                 continue
             result = replace(
-                worker.check(network, limit_s),
+                _bounded(worker, network, limit_s),
                 family=network.family,
                 parameters=f"{network.parameters / 1e6:.2f}",
             )
@@ -225,66 +242,19 @@ def sweep(
             yield result
 
 
-def _unfinished(row: Mapping[str, object]) -> bool:
+def _bounded(worker: Worker[Result], network: Network, limit_s: float) -> Result:
+    start = time.perf_counter()
+    try:
+        return worker(network.name, limit_s=limit_s)
+    except OutOfBounds as error:
+        return Result(
+            network.name,
+            size=f"{network.size[0]} x {network.size[1]}",
+            reason=f"not checked: {error}",
+            seconds=f"{time.perf_counter() - start:.0f}",
+        )
+
+
+def unfinished(row: Mapping[str, object]) -> bool:
+    """The network was given too little time or memory, and is to be tried again."""
     return str(row["reason"]).startswith("not checked")
-
-
-class _Worker:
-    """A process that checks networks; a new one after each that had to be ended."""
-
-    def __init__(self, threads: int, memory_gib: float) -> None:
-        self._settings = (threads, memory_gib)
-        self._process: Any = None
-        self._pipe: Connection[Any, Any] | None = None
-
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop()
-
-    def check(self, network: Network, limit_s: float) -> Result:
-        pipe = self._pipe or self._start()
-        failed = Result(network.name, size=f"{network.size[0]} x {network.size[1]}")
-        pipe.send(network.name)
-        if not pipe.poll(limit_s):
-            self._stop()
-            return replace(
-                failed,
-                reason=f"not checked: it takes more than {limit_s:g} s",
-                seconds=f"{limit_s:.0f}",
-            )
-        try:
-            result: Result = pipe.recv()
-        except EOFError:
-            self._stop()
-            return replace(
-                failed, reason=f"not checked: it takes more than {self._settings[1]:g} GiB"
-            )
-        return result
-
-    def _start(self) -> "Connection[Any, Any]":
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, *self._settings), daemon=True)
-        self._process.start()
-        theirs.close()
-        # The first answer says that the imports are done; they are not on the first network's time.
-        self._pipe.recv()
-        return self._pipe
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = self._pipe = None
-
-
-def _serve(pipe: "Connection[Any, Any]", threads: int, memory_gib: float) -> None:
-    torch.set_num_threads(threads)
-    # The address space would also count libraries that are mapped and never touched.
-    limit = int(memory_gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    pipe.send("ready")
-    while True:
-        pipe.send(check(pipe.recv()))

@@ -20,6 +20,10 @@ class AnalysisError(ValueError):
     """
 
 
+Shape = tuple[int | str, int | str, int | str]
+"""Sizes of three axes; an ONNX file may leave one free, which then has a name."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A layer that could be explained.
@@ -31,7 +35,7 @@ class Candidate:
     """
 
     name: str
-    shape: tuple[int, int, int]
+    shape: Shape
     note: str
 
 
@@ -51,10 +55,11 @@ class Inspection:
         probabilities: the model ends in a softmax; what that is given are the logits.
         candidates: the layers all of the data passes through, last first; where there are none,
             the layers nearest to the logits.
+        input_shape: (C, H, W) of the images that it holds for.
     """
 
     layer: str
-    shape: tuple[int, int, int]
+    shape: Shape
     channel_axis: int
     head: str
     closed_form: bool
@@ -62,6 +67,7 @@ class Inspection:
     weight: str | None
     probabilities: bool
     candidates: tuple[Candidate, ...]
+    input_shape: Shape
 
 
 def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> Inspection:
@@ -101,6 +107,7 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
         weight=head.weight,
         probabilities=head.probabilities,
         candidates=candidates,
+        input_shape=(images.shape[1], images.shape[2], images.shape[3]),
     )
 
 

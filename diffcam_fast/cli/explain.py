@@ -32,7 +32,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "-m",
     "--model",
-    help="torchvision:NAME, timm:NAME, MODEL.pt2, or package.module:factory."
+    help="torchvision:NAME, timm:NAME, MODEL.pt2, MODEL.cam.onnx, or package.module:factory."
     "  [default: EfficientNet-Lite0]",
 )
 @click.option("--weights", metavar="FILE", help="Weights (.safetensors, .pth), or 'random'.")
@@ -76,7 +76,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--temperature", type=float, help="Of the log_odds contrast.  [default: 1]")
 @click.option(
-    "--method", type=click.Choice(METHODS), default="diff_grad_cam", show_default=True, help="CAM."
+    "--method", type=click.Choice(METHODS), help="CAM.  [default: diff_grad_cam, or the file's]"
 )
 @click.option("--layer", help="Target layer by its dotted name.  [default: found by running]")
 @click.option("--size", help="Input size of the network: 224, or HEIGHTxWIDTH.")
@@ -116,7 +116,7 @@ def explain(
     topk: int | None,
     contrast: str | None,
     temperature: float | None,
-    method: str,
+    method: str | None,
     layer: str | None,
     size: str | None,
     batch_size: int,

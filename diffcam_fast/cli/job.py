@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, TypeVar
 
 import numpy as np
 import torch
 
 from diffcam_fast.cli.console import Console, shortened
+from diffcam_fast.cli.onnx import Described, Explains, open_explained
 from diffcam_fast.explainer import Explainer
+from diffcam_fast.explanation import Explanation
+from diffcam_fast.formats import names_onnx
 from diffcam_fast.images.colour import colour_map
 from diffcam_fast.images.inputs import SUFFIXES, Source, find_images
 from diffcam_fast.images.preprocess import Preprocess
@@ -31,7 +34,10 @@ from diffcam_fast.outputs.writers import (
 )
 from diffcam_fast.running import is_out_of_memory
 
+_Loaded = TypeVar("_Loaded", LoadedModel, Described)
+
 DEFAULT_OUT = Path("diffcam-out")
+DEFAULT_METHOD = "diff_grad_cam"
 # These formats write files of their own for each image, and so can stand beside it.
 _BESIDE = frozenset(("overlay", "heatmap", "npz"))
 
@@ -68,7 +74,7 @@ class Request:
     topk: int | None = None
     contrast: str | None = None
     temperature: float | None = None
-    method: str = "diff_grad_cam"
+    method: str | None = None
     layer: str | None = None
     size: str | None = None
     batch_size: int = 16
@@ -87,7 +93,7 @@ class Job:
         out: Where outputs go.
         ledger: Whether the run keeps account in ``out``; not so beside a single image.
         loaded: The network, its preprocessing and its own class names.
-        explainer: Of that network.
+        explainer: Of that network, or of an ONNX file.
         labels: K class names, or None.
         targets: Class indices to explain for every image; empty: the predicted class.
         backend: What computes the maps.
@@ -100,8 +106,8 @@ class Job:
     sources: list[Source]
     out: Path
     ledger: bool
-    loaded: LoadedModel
-    explainer: Explainer
+    loaded: LoadedModel | Described
+    explainer: Explains
     labels: tuple[str, ...] | None
     targets: tuple[int, ...]
     backend: str
@@ -133,20 +139,34 @@ def prepare(request: Request, console: Console) -> Job:
     # Before the model: a wrong colour map need not wait for it.
     writers = tuple(_make_writer(name, out, request) for name in dict.fromkeys(request.formats))
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(request.model, weights=_weights(request.weights), device=device)
-    if request.weights == "random":
-        console.say("the weights are random: labels and maps mean nothing")
-    loaded = resized(loaded, request.size)
-    explainer = make_explainer(
-        loaded,
-        layer=request.layer,
-        method=request.method,
-        contrast=request.contrast,
-        temperature=request.temperature,
-    )
+    loaded: LoadedModel | Described
+    explainer: Explains
+    if request.model is not None and names_onnx(request.model):
+        described, explainer = open_explained(request)
+        loaded = resized(described, request.size)
+        device = described.device
+        if described.assumed is not None:
+            console.say(described.assumed)
+        if described.single:
+            request = replace(request, batch_size=1)
+    else:
+        network = load_model(request.model, weights=_weights(request.weights), device=device)
+        if request.weights == "random":
+            console.say("the weights are random: labels and maps mean nothing")
+        loaded = network = resized(network, request.size)
+        explainer = make_explainer(
+            network,
+            layer=request.layer,
+            method=request.method or DEFAULT_METHOD,
+            contrast=request.contrast,
+            temperature=request.temperature,
+        )
     with _running(loaded):
         # One image tells the number of classes before any output is touched.
-        trial = explainer(torch.zeros(1, 3, *loaded.preprocess.size))
+        blank = torch.zeros(1, 3, *loaded.preprocess.size)
+        if isinstance(loaded, Described) and loaded.single:
+            blank = torch.zeros(1, *loaded.preprocess.size, 3, dtype=torch.uint8)
+        trial = explainer(blank)
     classes = trial.logits.shape[1]
     labels = loaded.labels if request.labels is None else read_labels(request.labels)
     if request.labels is None and labels is not None and len(labels) != classes:
@@ -169,7 +189,7 @@ def prepare(request: Request, console: Console) -> Job:
         targets=tuple(dict.fromkeys(targets)),
         backend=trial.backend,
         writers=writers,
-        settings=_settings(request, targets, explainer.layer, trial.contrast, loaded.preprocess),
+        settings=_settings(request, targets, trial, loaded.preprocess),
         device=device,
     )
 
@@ -178,7 +198,7 @@ def make_explainer(
     loaded: LoadedModel,
     *,
     layer: str | None = None,
-    method: str = "diff_grad_cam",
+    method: str = DEFAULT_METHOD,
     contrast: str | None = None,
     temperature: float | None = None,
 ) -> Explainer:
@@ -209,7 +229,7 @@ def make_explainer(
         )
 
 
-def resized(loaded: LoadedModel, size: str | None) -> LoadedModel:
+def resized(loaded: _Loaded, size: str | None) -> _Loaded:
     """The model for images of another size: ``224``, or ``HEIGHTxWIDTH``; None: as it is.
 
     Raises:
@@ -221,7 +241,7 @@ def resized(loaded: LoadedModel, size: str | None) -> LoadedModel:
 
 
 @contextmanager
-def _running(loaded: LoadedModel) -> Iterator[None]:
+def _running(loaded: LoadedModel | Described) -> Iterator[None]:
     """Makes whatever a network raises a ValueError: its code is the user's, not this package's."""
     try:
         yield
@@ -296,8 +316,7 @@ def _size(text: str) -> tuple[int, int]:
 def _settings(
     request: Request,
     targets: Sequence[int],
-    layer: str,
-    contrast: str,
+    trial: Explanation,
     preprocess: Preprocess,
 ) -> dict[str, Any]:
     """What the outputs depend on; a resumed run must have the same."""
@@ -306,9 +325,9 @@ def _settings(
         "model file": _digest(request.model),
         "weights": _digest(request.weights) or request.weights,
         "labels": _digest(str(request.labels)) if request.labels is not None else None,
-        "layer": layer,
-        "method": request.method,
-        "contrast": contrast,
+        "layer": trial.layer,
+        "method": trial.method,
+        "contrast": trial.contrast,
         "temperature": None if request.temperature is None else str(request.temperature),
         "size": list(preprocess.size),
         "targets": list(targets),
@@ -329,13 +348,19 @@ def _digest(name: str | None) -> str | None:
 
 
 def _explain_choices(
-    loaded: LoadedModel, explainer: Explainer, backend: str, console: Console
+    loaded: LoadedModel | Described,
+    explainer: Explains,
+    backend: str,
+    console: Console,
 ) -> None:
-    found = explainer.inspect()
     preprocess = loaded.preprocess
     console.why(f"model: {loaded.name}, {preprocess.size[0]} x {preprocess.size[1]} pixels")
-    console.why(f"layer: {found.layer} {found.shape}")
-    console.why(f"head: {shortened(found.head)}")
-    how = "closed form" if found.closed_form else "backward of the head"
-    console.why(f"gradient: {how}, because {found.reason}")
+    if isinstance(explainer, Explainer):
+        found = explainer.inspect()
+        how = "closed form" if found.closed_form else "backward of the head"
+        console.why(f"layer: {found.layer} {found.shape}")
+        console.why(f"head: {shortened(found.head)}")
+        console.why(f"gradient: {how}, because {found.reason}")
+    for line in loaded.choices if isinstance(loaded, Described) else ():
+        console.why(line)
     console.why(f"backend: {backend}")

@@ -1,24 +1,31 @@
 """``diffcam``: the group of commands."""
 
+from importlib import import_module
+
 import click
 
 from diffcam_fast import __version__
 from diffcam_fast.cli.explain import explain
 from diffcam_fast.cli.inspect import inspect
 
+_ABOVE = {
+    "bench": "diffcam_bench.cli",
+    "export": "diffcam_export.cli",
+    "verify": "diffcam_export.verify_cli",
+}
+
 
 class _Commands(click.Group):
-    """The commands, with `bench`, whose package lies above this one and is imported when called."""
+    """The commands, with those whose packages lie above this one and are imported when called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "bench"])
+        return sorted([*super().list_commands(ctx), *_ABOVE])
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name != "bench":
+        if name not in _ABOVE:
             return super().get_command(ctx, name)
-        from diffcam_bench.cli import bench
-
-        return bench
+        command: click.Command = getattr(import_module(_ABOVE[name]), name)
+        return command
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

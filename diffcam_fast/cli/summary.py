@@ -7,6 +7,7 @@ from typing import Any
 from diffcam_fast.cli.job import Job
 from diffcam_fast.cli.report_parts import REPORT_NAME, ReportParts
 from diffcam_fast.cli.run import Summary
+from diffcam_fast.explainer import Explainer
 from diffcam_fast.outputs.ledger import Entry
 from diffcam_fast.outputs.report import write_report
 from diffcam_fast.outputs.tables import JsonlWriter, ParquetWriter
@@ -22,11 +23,13 @@ def write_run_report(job: Job, summary: Summary) -> Path:
         OSError: It cannot be written.
     """
     path = job.out / REPORT_NAME
-    found = job.explainer.inspect()
+    layer = job.explainer.layer
+    if isinstance(job.explainer, Explainer):
+        layer = f"{layer} {job.explainer.inspect().shape}"
     facts = {
         "Model": job.loaded.name,
-        "Layer": f"{found.layer} {found.shape}",
-        "Method": job.request.method,
+        "Layer": layer,
+        "Method": str(job.settings["method"]),
         "Contrast": str(job.settings["contrast"]),
         "Backend": job.backend,
         "Images": str(len(summary.done)),
@@ -59,7 +62,7 @@ def as_json(job: Job, summary: Summary, report: Path | None) -> dict[str, Any]:
         "report": None if report is None else str(report),
         "model": job.loaded.name,
         "layer": job.explainer.layer,
-        "method": job.request.method,
+        "method": job.settings["method"],
         "contrast": job.settings["contrast"],
         "backend": job.backend,
         "batch_size": summary.batch_size,

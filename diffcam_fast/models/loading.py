@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffcam_fast.formats import names_onnx
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.models import default
 from diffcam_fast.models.exported import load_exported
@@ -21,7 +22,10 @@ from diffcam_fast.models.weights import fill, load_weights
 
 Weights = Path | Literal["random"] | None
 
-_FORMS = "torchvision:NAME, timm:NAME, a file MODEL.pt2, or package.module:factory"
+_FORMS = (
+    "torchvision:NAME, timm:NAME, a file MODEL.pt2, package.module:factory, or,"
+    " where ONNX files are taken, MODEL.onnx"
+)
 _OFFLINE = (
     "pass --weights FILE (.safetensors, or a .pth state dict),"
     " or --weights random to try without training"
@@ -77,6 +81,8 @@ def load_model(spec: str | None, *, weights: Weights = None, device: str = "cpu"
         hint = ""
         if spec.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")):
             hint = "; a weights file goes with its architecture: -m torchvision:NAME --weights FILE"
+        elif names_onnx(spec):
+            hint = "; an ONNX file is no PyTorch model: diffcam export makes it explain itself"
         raise ValueError(f"{spec!r} names no model; expected {_FORMS}{hint}")
     return replace(loaded, model=loaded.model.to(target).eval())
 
