@@ -173,6 +173,21 @@ def test_probabilities_are_recognised() -> None:
     assert torch.allclose(outside.maps, inside.maps, atol=1e-6)
 
 
+class Shuffle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def test_shuffled_channels_can_be_named() -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Conv2d(3, 6, 3), nn.ReLU(), Shuffle(), nn.Conv2d(6, 6, 3), nn.ReLU()]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    explainer = Explainer(model, layer="2", relu=False, example_inputs=images())
+    assert explainer.inspect().shape == (6, 8, 10)
+    result = explainer(images())
+    assert relative_error(result.maps, expected_maps(model, "2", images(), result.targets)) < 1e-5
+
+
 def test_unknown_layer_suggests_close_names() -> None:
     with pytest.raises(
         AnalysisError, match=r"no layer 'feature'; did you mean features.*Candidates: features"

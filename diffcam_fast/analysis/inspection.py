@@ -96,7 +96,7 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
         layer = chosen.name
     node = _node(model, flow, layer, candidates)
     head: Head = read_head(model, images, flow, layer, node)
-    h, w = node.shape[2:] if node.channel_axis == 1 else node.shape[1:3]
+    h, w = node.shape[1:3] if node.channel_axis == 3 else node.shape[2:]
     return Inspection(
         layer=layer,
         shape=(node.channels, h, w),
@@ -127,12 +127,21 @@ def _node(model: nn.Module, flow: Trace, layer: str, candidates: tuple[Candidate
             f"layer {layer!r} does not run, or returns no tensor of its own. "
             f"{_about_torchscript(model)}{_listing(candidates)}"
         )
-    if len(node.shape) != 4 or node.channel_axis not in (1, 3):
+    spatial = node.channel_axis in (1, 3) or _read_by_convolution(flow, node)
+    if len(node.shape) != 4 or not spatial:
         raise AnalysisError(
             f"layer {layer!r} returns {node.shape}, not a spatial activation (N, C, h, w). "
             f"{_listing(candidates)}"
         )
     return node
+
+
+def _read_by_convolution(flow: Trace, node: Node) -> bool:
+    """The channels of a value that was taken apart and put together, shuffled say, are where the
+    convolution that reads it has them.
+    """
+    readers = (n for n in flow.nodes.values() if node.index in n.parents)
+    return node.channel_axis is None and any("convolution" in n.operator for n in readers)
 
 
 def _candidates(flow: Trace) -> tuple[Candidate, ...]:
