@@ -46,12 +46,13 @@ def test_order_of_the_candidates_turns_round_each_round() -> None:
 
 def test_rows_come_back_as_written_and_differing_columns_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "results" / "one.csv"
-    rows = [{"name": "a, b", **provenance("timm", "no-such-package", threads=2)}]
+    rows = [{"name": "a, b", **provenance("timm", "onnxruntime", "no-such-package", threads=2)}]
     write_rows(path, rows)
     [row] = read_rows(path)
     assert row == {key: str(value) for key, value in rows[0].items()}
     assert row["machine"]
     assert row["timm"]
+    assert row["onnxruntime"]
     assert row["no-such-package"] == ""
     assert row["commit"]
     with pytest.raises(ValueError, match="share their columns"):
