@@ -130,14 +130,14 @@ def aot(write: bool, processes: int | None) -> None:
     exit code 1 where they differ, where registers spill that need not, or where a load is narrow
     without need.
     """
-    from diffcam_bench.aot import compile_all, complaints, differences
+    from diffcam_bench.aot import compile_all, complaints, differences, keys
 
     rows = compile_all(processes or os.cpu_count() or 1)
     path = results_folder() / "aot.csv"
     if write:
         write_rows(path, rows)
         click.echo(f"wrote {path}", err=True)
-    found = complaints(rows) + differences(rows, path)
+    found = complaints(rows) + differences(rows, path, table=keys())
     for line in found:
         click.echo(line)
     click.echo(f"{len(rows)} kernels compiled; {len(found)} objections", err=True)
