@@ -20,8 +20,8 @@ from diffcam_bench.rows import read_rows
 CAPABILITIES = (80, 90, 100)
 # Of the sample, all launches are compiled for this one, what the tiles were measured on.
 MEASURED = 90
-# Tiles were chosen by measuring on sm_90, where nothing spills. On the two others, which were not to
-# be had, smaller ones would be a guess: these spill a few registers, 22 at most.
+# Tiles were chosen by measuring on sm_90, where nothing spills. On the two others, which were not
+# to be had, smaller ones would be a guess: these spill a few registers, 22 at most.
 MAY_SPILL = {
     ("gradient_cam grad_cam_pp", "layer1 float16 nchw", "100"): 6,
     ("pooled_cam", "resnet50 float16 nchw T=1", "80"): 4,
