@@ -130,6 +130,45 @@ class Contrast:
         gradient, _, _ = ops.contrast_gradient(logits, targets, *self.operands(logits, targets))
         return gradient
 
+    def rows(self, rows: Tensor) -> "Contrast":
+        """The contrast of a batch whose images are these rows (M,) of another one."""
+        if self.weights is None or self.weights.ndim == 1:
+            return self
+        return Contrast(self.temperature, weights=self.weights[rows.to(self.weights.device)])
+
+    def value(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What a method that compares values, not gradients, takes as the score of a target.
+
+        F = z_c - T (LSE_j(z_j / T) - log J) over the J classes that c is held against, whose
+        gradient is that of S: at T = 1 the log-odds plus log J, at T = infinity and 0, with weights
+        and without a contrast S itself.
+
+        Args:
+            logits: (N, K).
+            targets: (N, T) int64.
+
+        Returns:
+            (N, T) float32 (float64 for float64 logits), in units of the logits.
+
+        Raises:
+            ValueError: as for `gradient`.
+        """
+        z = logits.to(reference.accumulate_dtype(logits))
+        t = self.temperature
+        limits = torch.finfo(z.dtype)
+        if self.weights is not None or t is None or not limits.tiny <= t <= limits.max:
+            return reference.contrast_score(z, self.gradient(z, targets))
+        others = z[:, None, :].repeat(1, targets.shape[1], 1)
+        others.scatter_(2, targets[:, :, None], -math.inf)
+        mask = self._reference_mask(z, targets)
+        if mask is not None:
+            others = others.masked_fill(~mask, -math.inf)
+        largest = others.amax(dim=2)
+        taken = (others > -math.inf).sum(dim=2)
+        mean = ((others - largest[:, :, None]) / t).exp().sum(dim=2) / taken
+        score: Tensor = z.gather(1, targets) - largest - t * mean.log()
+        return score
+
     def operands(
         self, logits: Tensor, targets: Tensor | None
     ) -> tuple[float | None, Tensor | None, Tensor | None]:

@@ -1,17 +1,18 @@
-"""Running a model split at its target layer: what comes before it, its activation, and the head
-behind it.
+"""Running a model split at its target layers: what comes before them, their activations, and the
+head behind them.
 
-The split is a forward hook on the layer, set for one call and in one thread. Before the layer
-autograd records nothing. For a gradient the hook hands the head a fresh copy of the activation as a
-leaf and turns recording on, so that the graph spans the head alone: neither weights nor earlier
+The split is a forward hook on each layer, set for one call and in one thread. Before the first of
+them autograd records nothing. For a gradient the hook hands the head a fresh copy of the activation
+as a leaf and turns recording on, so that the graph spans the head alone: neither weights nor earlier
 layers get a gradient, and an in-place operator behind the layer overwrites the copy, never the
-activation that the map is made of.
+activation that the map is made of. A later layer of several is a value of that graph.
 """
 
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from diffcam_fast.layout import Layout
 from diffcam_fast.running import evaluating, is_out_of_memory, pick_logits
 
 
@@ -28,39 +30,69 @@ class Split:
 
     Attributes:
         logits: (N, K).
-        activations: A, (N, C, h, w).
-        gradients: G = dS/dA, (N, T, C, h, w); empty where none were asked for.
+        output: what the model returned, or what it would have.
+        returned: what each layer returned.
+        activations: of each layer A, (N, C, h, w), a view of that.
+        gradients: of each layer G = dS/dA, (N, T, C, h, w); empty where none were asked for.
     """
 
     logits: Tensor
-    activations: Tensor
-    gradients: Tensor
+    output: Any
+    returned: tuple[Tensor, ...]
+    activations: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
 
 
-def forward(model: nn.Module, images: Tensor, layer: str, *, channel_axis: int = 1) -> Split:
-    """A plain forward pass in inference mode that keeps the activation of one layer.
+Layers = Mapping[str, Layout]
+"""The target layers by their dotted names."""
+
+Output = Callable[[Any], Tensor]
+"""From what a model returns to its logits (N, K)."""
+
+
+def forward(
+    model: nn.Module, images: Tensor, layers: Layers, *, output: Output = pick_logits
+) -> Split:
+    """A plain forward pass in inference mode that keeps the activations of the layers.
+
+    Args:
+        model: the classifier.
+        images: (N, ...).
+        layers: whose activations are kept.
+        output: what finds the logits in what the model returns.
 
     Raises:
-        RuntimeError: the layer ran more than once, or not at all.
+        RuntimeError: a layer ran more than once, or not at all.
     """
-    kept: list[Tensor] = []
-    with torch.inference_mode(), evaluating(model), _tapped(model, layer, kept.append):
+    kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(evaluating(model))
+        for layer in layers:
+            stack.enter_context(tapped(model, layer, kept[layer].append))
         # A model may normalise its input in place.
-        logits = pick_logits(model(images.clone()))
-    activation = _once(kept, layer).movedim(channel_axis, 1)
+        returned = model(images.clone())
+        logits = output(returned)
     # Outside inference mode a clone is an ordinary tensor again, which a caller may change in
     # place.
     with torch.inference_mode(False), torch.no_grad():
-        return Split(logits.clone(), activation, activation[:, :0])
+        values = [once(kept[layer], layer) for layer in layers]
+        return Split(logits.clone(), returned, *_cells(values, layers), ())
+
+
+Explained = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
+"""From the logits (N, K) and what the model returned, both with a graph, to values (N, M) of that
+graph and d (N, T, M): the scores are the products of both.
+"""
 
 
 def head_gradients(
     model: nn.Module,
     images: Tensor,
-    layer: str,
-    cotangents: Callable[[Tensor], Tensor],
+    layers: Layers,
+    explained: Explained,
     *,
-    channel_axis: int = 1,
+    output: Output = pick_logits,
     probabilities: bool = False,
 ) -> Split:
     """A forward pass, and the vector-Jacobian products of its head.
@@ -68,23 +100,24 @@ def head_gradients(
     Args:
         model: the classifier.
         images: (N, ...).
-        layer: dotted module name.
-        cotangents: from the logits (N, K) to d (N, T, K).
-        channel_axis: where the layer has its channels.
+        layers: to whose activations gradients are taken.
+        explained: what is differentiated.
+        output: what finds the logits in what the model returns.
         probabilities: the model ends in a softmax; what that was given are the logits.
 
     Raises:
-        RuntimeError: the layer ran more than once, or not at all, or the logits do not depend on
+        RuntimeError: a layer ran more than once, or not at all, or the logits do not depend on
             it.
     """
+    run = partial(_head_gradients, model, images, layers, explained, output)
     if probabilities:
         # A softmax that saturates has no gradient left; what it was given has.
-        return _head_gradients(model, images, layer, cotangents, channel_axis, _BeforeSoftmax())
+        return run(_BeforeSoftmax())
     try:
-        return _head_gradients(model, images, layer, cotangents, channel_axis, nullcontext())
+        return run(nullcontext())
     except _NotRecorded:
         # The model turns gradients off around its features, and with them what the hook turned on.
-        return _head_gradients(model, images, layer, cotangents, channel_axis, _Recording())
+        return run(_Recording())
 
 
 class _NotRecorded(RuntimeError):
@@ -94,41 +127,56 @@ class _NotRecorded(RuntimeError):
 def _head_gradients(
     model: nn.Module,
     images: Tensor,
-    layer: str,
-    cotangents: Callable[[Tensor], Tensor],
-    channel_axis: int,
+    layers: Layers,
+    explained: Explained,
+    output: Output,
     mode: "nullcontext[None] | _Recording",
 ) -> Split:
-    leaves: list[Tensor] = []
+    taken: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
-    def start_recording(activation: Tensor) -> Tensor:
+    def start_recording(layer: str, activation: Tensor) -> Tensor:
         torch.set_grad_enabled(True)
         if isinstance(mode, _Recording):
             mode.started = True
         with torch.inference_mode(False):
-            leaf = activation.detach().clone().requires_grad_()
-            leaves.append(leaf)
+            # Behind another layer it is a value of the graph already.
+            inside = activation.requires_grad and any(taken.values())
+            value = activation if inside else activation.detach().clone().requires_grad_()
+            taken[layer].append(value)
             # A leaf may not be written in place, its copy may.
-            return leaf.clone()
+            return value.clone()
 
-    # no_grad outermost: leaving it also undoes what the hook turned on.
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
-        with _tapped(model, layer, start_recording), mode:
-            logits = pick_logits(model(images.clone()))
+    with ExitStack() as stack:
+        # no_grad outermost: leaving it also undoes what the hook turned on.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(model))
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(tapped(model, layer, partial(start_recording, layer)))
+            hooks.enter_context(mode)
+            returned = model(images.clone())
+            logits = output(returned)
             if isinstance(mode, _BeforeSoftmax):
                 logits = mode.logits_of(logits)
-        leaf = _once(leaves, layer)
-        if not logits.requires_grad:
+        values = [once(taken[layer], layer) for layer in layers]
+        with torch.enable_grad():
+            found, d = explained(logits, returned)
+        if not found.requires_grad:
             raise _NotRecorded(
-                f"the logits do not depend on layer {layer!r}, or the model turns gradients "
-                "off behind it"
+                f"the logits do not depend on layer {', '.join(layers)!r}, or the model turns "
+                "gradients off behind it"
             )
-        gradients = _vjp(logits, leaf, cotangents(logits.detach()).to(logits.dtype))
-    return Split(
-        logits.detach(),
-        leaf.detach().movedim(channel_axis, 1),
-        gradients.movedim(channel_axis + 1, 2),
-    )
+        gradients = _vjp(found, values, d.to(found.dtype))
+    _, cells = _cells(gradients, layers)
+    return Split(logits.detach(), returned, *_cells(values, layers), cells)
+
+
+def _cells(values: list[Tensor], layers: Layers) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The values without their graphs, and the cells in them."""
+    detached = tuple(value.detach() for value in values)
+    layouts = layers.values()
+    return detached, tuple(o.cells(v) for o, v in zip(layouts, detached, strict=True))
 
 
 class _Recording(TorchFunctionMode):
@@ -180,25 +228,25 @@ class _BeforeSoftmax(_Recording):
         return probabilities.log()
 
 
-def _vjp(logits: Tensor, leaf: Tensor, d: Tensor) -> Tensor:
-    """G (N, T, ...) for d (N, T, K): all targets in one batched backward."""
+def _vjp(found: Tensor, values: list[Tensor], d: Tensor) -> list[Tensor]:
+    """G (N, T, ...) of each value for d (N, T, M): all targets in one batched backward."""
     if d.shape[1] == 1:
-        return torch.autograd.grad(logits, leaf, d[:, 0])[0].unsqueeze(1)
+        return [g.unsqueeze(1) for g in torch.autograd.grad(found, values, d[:, 0])]
     try:
         batched = torch.autograd.grad(
-            logits, leaf, d.movedim(1, 0), retain_graph=True, is_grads_batched=True
-        )[0]
+            found, values, d.movedim(1, 0), retain_graph=True, is_grads_batched=True
+        )
+        return [g.movedim(0, 1) for g in batched]
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         # An operator of the head, a custom one say, has no rule for a batch of backwards.
-        each = [torch.autograd.grad(logits, leaf, g, retain_graph=True)[0] for g in d.unbind(1)]
-        return torch.stack(each, dim=1)
-    return batched.movedim(0, 1)
+        each = [torch.autograd.grad(found, values, g, retain_graph=True) for g in d.unbind(1)]
+        return [torch.stack(gradients, dim=1) for gradients in zip(*each, strict=True)]
 
 
 @contextmanager
-def _tapped(model: nn.Module, layer: str, tap: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def tapped(model: nn.Module, layer: str, tap: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Calls `tap` with the output of a layer, and passes on what it returns, in this thread
     alone.
     """
@@ -214,7 +262,12 @@ def _tapped(model: nn.Module, layer: str, tap: Callable[[Tensor], Tensor | None]
         handle.remove()
 
 
-def _once(taken: list[Tensor], layer: str) -> Tensor:
+def once(taken: list[Tensor], layer: str) -> Tensor:
+    """The one value that was taken of a layer.
+
+    Raises:
+        RuntimeError: it ran more than once, or not at all.
+    """
     if len(taken) != 1:
         times = f"{len(taken)} times" if taken else "not at all"
         raise RuntimeError(

@@ -20,6 +20,7 @@ from diffcam_bench.rows import provenance, read_rows, write_rows
 from diffcam_bench.zoo import Network, build, size_of
 from diffcam_fast import Explainer
 from diffcam_fast.analysis import Inspection
+from diffcam_fast.layout import Layout
 
 # N = 2 images with T = 2 targets each.
 TARGETS = ((1, 7), (3, 2))
@@ -155,25 +156,25 @@ def autograd_maps(model: nn.Module, images: Tensor, targets: Tensor, found: Insp
     logits = logits[0] if isinstance(logits, tuple | list) else logits
     logits = logits.flatten(1).log() if found.probabilities else logits.flatten(1)
     [activation] = kept
-    return differentiated_maps(logits, activation, targets, found.channel_axis)
+    return differentiated_maps(logits, activation, targets, found.layout)
 
 
 def differentiated_maps(
-    logits: Tensor, activation: Tensor, targets: Tensor, channel_axis: int
+    logits: Tensor, activation: Tensor, targets: Tensor, layout: Layout
 ) -> Tensor:
     """Signed DiffGradCAM maps (N, T, h, w) under the log-odds contrast, by autograd.
 
     Args:
         logits: (N, K), with a graph that leads back to the activation.
-        activation: (N, C, h, w), or with its channels on another axis.
+        activation: the output of the layer.
         targets: (N, T) int64.
-        channel_axis: of the activation.
+        layout: of the activation.
     """
     maps = []
     for column in targets.T:
         score = _log_odds(logits, column).sum()
         [gradient] = torch.autograd.grad(score, activation, retain_graph=True)
-        gradient, detached = (t.movedim(channel_axis, 1) for t in (gradient, activation.detach()))
+        gradient, detached = (layout.cells(t) for t in (gradient, activation.detach()))
         maps.append((gradient.mean(dim=(2, 3), keepdim=True) * detached).sum(dim=1))
     return torch.stack(maps, dim=1)
 

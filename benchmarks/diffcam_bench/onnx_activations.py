@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffcam_bench.families import differentiated_maps
+from diffcam_fast.layout import Layout
 from diffcam_fast.running import find_logits
 
 # Of the largest magnitude; a layer before or behind differs by far more.
@@ -98,4 +99,4 @@ def float64_maps(
         with _Watched(see):
             output = model(leaf)
         logits = find_logits(output).flatten(1)
-        return differentiated_maps(logits, kept[0], targets, channel_axis)
+        return differentiated_maps(logits, kept[0], targets, Layout(channel_axis))

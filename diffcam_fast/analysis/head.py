@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from diffcam_fast.analysis.trace import Node, Trace
-from diffcam_fast.running import tensor_named
-from diffcam_fast.split import head_gradients
+from diffcam_fast.layout import Layout
+from diffcam_fast.running import pick_logits, tensor_named
+from diffcam_fast.split import Layers, Output, head_gradients
 
 _REARRANGING = frozenset(
     {
@@ -49,7 +50,16 @@ class Head:
     probabilities: bool
 
 
-def read_head(model: nn.Module, images: Tensor, flow: Trace, layer: str, node: Node) -> Head:
+def read_head(
+    model: nn.Module,
+    images: Tensor,
+    flow: Trace,
+    layer: str,
+    node: Node,
+    *,
+    layout: Layout,
+    output: Output = pick_logits,
+) -> Head:
     """Decides between the closed form and the vjp, with the reason in words."""
     nodes = flow.head_of(node.index)
     operators = " -> ".join(_name(n) for n in nodes if n.operator not in _REARRANGING) or "nothing"
@@ -57,7 +67,9 @@ def read_head(model: nn.Module, images: Tensor, flow: Trace, layer: str, node: N
     obstacle = _obstacle(nodes, node, flow.classes) or _overwritten(flow, node)
     if obstacle is None:
         with torch.autocast(images.device.type, enabled=False):
-            weight, obstacle = _proven_weight(model, images, flow, layer, node, nodes)
+            weight, obstacle = _proven_weight(
+                model, images, flow, {layer: layout}, node, nodes, output
+            )
         if weight is not None:
             reason = f"average pooling and one linear map, {weight}: the gradient is d W / (h w)"
             return Head(operators, reason, weight, probabilities)
@@ -97,7 +109,13 @@ def _obstacle(nodes: list[Node], layer: Node, classes: int) -> str | None:
 
 
 def _proven_weight(
-    model: nn.Module, images: Tensor, flow: Trace, layer: str, node: Node, nodes: list[Node]
+    model: nn.Module,
+    images: Tensor,
+    flow: Trace,
+    layers: Layers,
+    node: Node,
+    nodes: list[Node],
+    output: Output,
 ) -> tuple[str | None, str]:
     shape = (flow.classes, node.channels)
     names = dict.fromkeys(name for n in nodes for name in n.parameters)
@@ -108,10 +126,8 @@ def _proven_weight(
     shape_d = (images.shape[0], 1, flow.classes)
     d = torch.randn(shape_d, generator=generator, dtype=torch.float32, device="cpu")
     d = d.to(images.device)
-    split = head_gradients(
-        model, images, layer, lambda logits: d, channel_axis=node.channel_axis or 1
-    )
-    gradients = split.gradients[:, 0].float()
+    split = head_gradients(model, images, layers, lambda logits, _: (logits, d), output=output)
+    gradients = split.gradients[0][:, 0].float()
     for name in fitting:
         weight = tensor_named(model, name).detach().flatten(1).float()
         expected = (d[:, 0] @ weight / gradients[0, 0].numel())[:, :, None, None]

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from diffcam_fast.analysis.head import Head, read_head
 from diffcam_fast.analysis.trace import Node, Trace, trace
+from diffcam_fast.layout import Layout
+from diffcam_fast.running import pick_logits
+from diffcam_fast.split import Output
 
 # Linear maps and convolutions: three in VGG's head, four in attention pooling.
 _LARGEST_HEAD = 8
@@ -46,7 +49,7 @@ class Inspection:
     Attributes:
         layer: dotted module name of the target layer.
         shape: (C, h, w) of its output.
-        channel_axis: 1 for (N, C, h, w), 3 for (N, h, w, C).
+        layout: where in its output the channels and the cells are.
         head: the operators after the layer, in one line.
         closed_form: the head is a pooled linear one, and its gradient d W / P needs no backward
             pass.
@@ -56,11 +59,13 @@ class Inspection:
         candidates: the layers all of the data passes through, last first; where there are none,
             the layers nearest to the logits.
         input_shape: (C, H, W) of the images that it holds for.
+        largest: bytes of the largest value that the network computes for one image; 0 where that
+            is not known.
     """
 
     layer: str
     shape: Shape
-    channel_axis: int
+    layout: Layout
     head: str
     closed_form: bool
     reason: str
@@ -68,9 +73,17 @@ class Inspection:
     probabilities: bool
     candidates: tuple[Candidate, ...]
     input_shape: Shape
+    largest: int = 0
 
 
-def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> Inspection:
+def analyse(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    layer: str | None = None,
+    output: Output = pick_logits,
+    layout: Layout | None = None,
+) -> Inspection:
     """Finds the target layer and reads the head.
 
     Args:
@@ -79,12 +92,14 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
             image.
         layer: dotted module name of the target layer; None: the last spatial activation before the
             classifier.
+        output: what finds the logits (N, K) in what the model returns.
+        layout: where in the layer's output channels and cells are; None: found out.
 
     Raises:
         AnalysisError: no layer fits, or the given one does not.
         OutputError: the model returns no logits, a TypeError.
     """
-    flow = trace(model, images)
+    flow = trace(model, images, output=output)
     candidates = _candidates(flow)
     if layer is None:
         chosen = next((c for c in candidates if not c.note), None)
@@ -95,12 +110,13 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
             )
         layer = chosen.name
     node = _node(model, flow, layer, candidates)
-    head: Head = read_head(model, images, flow, layer, node)
+    layout = Layout(node.channel_axis or 1)
+    head: Head = read_head(model, images, flow, layer, node, layout=layout, output=output)
     h, w = node.shape[1:3] if node.channel_axis == 3 else node.shape[2:]
     return Inspection(
         layer=layer,
         shape=(node.channels, h, w),
-        channel_axis=node.channel_axis or 1,
+        layout=layout,
         head=head.operators,
         closed_form=head.weight is not None,
         reason=head.reason,
@@ -108,6 +124,7 @@ def analyse(model: nn.Module, images: Tensor, *, layer: str | None = None) -> In
         probabilities=head.probabilities,
         candidates=candidates,
         input_shape=(images.shape[1], images.shape[2], images.shape[3]),
+        largest=flow.largest,
     )
 
 

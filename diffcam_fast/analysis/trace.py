@@ -7,7 +7,7 @@ source code of a module is looked at.
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +68,7 @@ class Trace:
         calls: how often each module ran.
         logits: the node of the logits.
         classes: K.
+        largest: bytes of the largest value, for one image.
     """
 
     nodes: dict[int, Node]
@@ -75,6 +76,7 @@ class Trace:
     calls: Counter[str]
     logits: int
     classes: int
+    largest: int
 
     def node_of(self, module: str) -> Node | None:
         """The value that a module returned; None if it did not run, or returned no tensor of its
@@ -117,8 +119,11 @@ class Trace:
         return [self.nodes[i] for i in sorted(needed) if i >= 0]
 
 
-def trace(model: nn.Module, images: Tensor) -> Trace:
-    """Runs the model once on images (N, C, H, W) and follows the data.
+def trace(
+    model: nn.Module, images: Tensor, *, output: Callable[[Any], Tensor] = pick_logits
+) -> Trace:
+    """Runs the model once on images (N, C, H, W) and follows the data to the logits that `output`
+    finds in what it returns.
 
     Raises:
         OutputError: the model returns no logits, or they do not come from its operators.
@@ -132,14 +137,15 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         # A model may normalise its input in place.
         recorder = _Recorder(model, images.clone())
         with recorder.watching():
-            found = pick_logits(model(recorder.images))
+            found = output(model(recorder.images))
     logits = recorder.value_of(found)
     if logits is None or logits < 0:
         raise OutputError(
             "the logits do not depend on the images through operators that PyTorch dispatches"
         )
     returned_by = {index: tuple(names) for index, names in recorder.returned_by.items()}
-    return Trace(recorder.nodes, returned_by, recorder.calls, logits, found.shape[1])
+    largest = recorder.largest // max(len(images), 1)
+    return Trace(recorder.nodes, returned_by, recorder.calls, logits, found.shape[1], largest)
 
 
 @dataclass
@@ -149,6 +155,7 @@ class _Recorder:
     nodes: dict[int, Node] = field(default_factory=dict)
     returned_by: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     calls: Counter[str] = field(default_factory=Counter)
+    largest: int = 0
 
     def __post_init__(self) -> None:
         self._made: dict[int, int] = {id(self.images): -1}
@@ -230,6 +237,7 @@ class _Recorder:
         self.nodes[index] = Node(index, operator, parents, names, shape, self._running[-1], axis)
         for tensor in outputs:
             self._made[id(tensor)] = index
+            self.largest = max(self.largest, tensor.numel() * tensor.element_size())
         for tensor in written:
             self._written[_storage(tensor)] = index
 

@@ -20,7 +20,22 @@ if TYPE_CHECKING:
 SOME_FAILED, INTERRUPTED = 3, 130
 
 # Spelled out, because the engine that knows them takes seconds to import; a test compares.
-METHODS = ("diff_grad_cam", "grad_cam", "hires_cam")
+METHODS = (
+    "diff_grad_cam",
+    "diff_grad_cam_pp",
+    "grad_cam",
+    "grad_cam_pp",
+    "xgrad_cam",
+    "layer_cam",
+    "hires_cam",
+    "eigen_grad_cam",
+    "cam",
+    "eigen_cam",
+    "recipro_cam",
+    "score_cam",
+    "ablation_cam",
+    "decom_cam",
+)
 CONTRASTS = ("mean", "log_odds", "runner_up", "none")
 FORMATS = ("overlay", "heatmap", "npz", "jsonl", "parquet")
 

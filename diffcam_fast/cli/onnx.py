@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffcam_fast.explainer import Targets
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.models.labels import imagenet_labels
 from diffcam_fast.models.loading import check_device
+from diffcam_fast.targets import Targets
 
 if TYPE_CHECKING:
     from diffcam_fast.cli.job import Request

@@ -13,7 +13,7 @@ from diffcam_export.images import image_axes
 from diffcam_export.pictures import HeatmapType, heatmap
 from diffcam_export.reductions import REDUCTIONS, weighted
 from diffcam_fast.contrast import Contrast
-from diffcam_fast.methods import Method
+from diffcam_fast.methods import GradientMethod
 
 MAP, TARGET, HEATMAP = "diffcam_map", "diffcam_target", "diffcam_heatmap"
 """The names of the added outputs."""
@@ -35,7 +35,7 @@ class CamOptions:
         heatmap: the element type of the heatmaps; None: none are made.
     """
 
-    method: Method
+    method: GradientMethod
     contrast: Contrast
     relu: bool = True
     targets: Targets = "predicted"
@@ -102,8 +102,10 @@ def cam_head(
 def _maps(emit: Emitter, found: Found, d: ir.Value, options: CamOptions, several: bool) -> ir.Value:
     """(N, T, h, w) from d (N, T, K)."""
     a = _cells(emit, found.layer, found)
-    if found.weight is not None and options.method.pooled:
+    if found.weight is not None:
         w = emit("MatMul", d, _class_rows(emit, found))
+        if options.method.pooled == "positive":
+            w = emit("Relu", w)
         maps = weighted(emit, emit("Div", w, _count(emit, a)), a)
     elif several:
         maps = _for_each_target(emit, found, d, options, a)

@@ -11,9 +11,9 @@ from diffcam_export.facts import Facts
 from diffcam_export.image_input import ImageInput
 from diffcam_export.running import run
 from diffcam_export.session import Opened, Provider, open_session
-from diffcam_fast.explainer import Targets, resolve_targets
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import Preprocess
+from diffcam_fast.targets import Targets, resolve_targets
 from diffcam_kernels import ops
 
 TARGETS = "targets"

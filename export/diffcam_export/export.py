@@ -214,9 +214,7 @@ def write_explained(
     nodes, plain_bytes = count_nodes(model), _graph_bytes(model)
     head = cam_head(classifier.founds, classifier.images, options, prefix=DOMAIN)
     heads = tuple(
-        "closed form"
-        if found.weight is not None and options.method.pooled
-        else "backward of the head"
+        "closed form" if found.weight is not None else "backward of the head"
         for found in classifier.founds
     )
     facts = _facts(classifier, options, heads, baked=bake_preprocess)

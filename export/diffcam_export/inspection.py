@@ -7,6 +7,7 @@ from diffcam_export.flow import dims
 from diffcam_export.images import image_axes
 from diffcam_export.reading import read_onnx
 from diffcam_fast.analysis import Candidate, Inspection
+from diffcam_fast.layout import Layout
 
 
 def inspect_onnx(path: Path, *, layer: str | None = None, logits: str | None = None) -> Inspection:
@@ -33,7 +34,7 @@ def inspect_onnx(path: Path, *, layer: str | None = None, logits: str | None = N
     return Inspection(
         layer=str(found.layer.name),
         shape=(shape[c], shape[h], shape[w]),
-        channel_axis=found.channel_axis,
+        layout=Layout(found.channel_axis),
         head=found.head,
         closed_form=found.weight is not None,
         reason=found.reason,

@@ -6,6 +6,7 @@ from diffcam_export.cam import CamOptions
 from diffcam_export.pictures import HeatmapType
 from diffcam_fast.contrast import Contrast
 from diffcam_fast.explainer import method_and_contrast
+from diffcam_fast.methods import METHODS, EigenGradCAM, GradientMethod
 
 
 def cam_options(
@@ -33,6 +34,11 @@ def cam_options(
     if heatmap not in (None, "float32", "uint8"):
         raise ValueError(f"heatmap must be None, 'float32' or 'uint8', got {heatmap!r}")
     found, parsed = method_and_contrast(method, contrast, temperature)
+    if not isinstance(found, GradientMethod) or isinstance(found, EigenGradCAM):
+        raise ValueError(
+            f"{method} cannot be written into a graph; there are "
+            f"{', '.join(name for name, m in METHODS.items() if type(m) is GradientMethod)}"
+        )
     if parsed.weights is not None and parsed.weights.ndim != 1:
         raise ValueError(
             "the weights of a contrast must be (K,) in a file, the same for every image; got "

@@ -1,0 +1,108 @@
+"""Methods that weigh activations with gradients of the score."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffcam_fast.methods.base import Method, rectified
+from diffcam_fast.network import Call, Maps, plain_float32
+from diffcam_fast.split import Split
+from diffcam_fast.targets import ClassTarget, FunctionTarget, resolve_targets
+from diffcam_kernels import ops
+
+
+@dataclass(frozen=True)
+class GradientMethod(Method):
+    """A reduction of activations A and gradients G to a map.
+
+    Attributes:
+        reduction: key of `diffcam_kernels.reference.REDUCTIONS`.
+        pooled: what its map is under a gradient that is the same at every cell, that of a pooled
+            linear head: the channels weighted by the gradient, or by its positive part. Such a
+            head is explained in closed form then.
+    """
+
+    reduction: str = "grad_cam"
+    pooled: Literal["signed", "positive"] = "signed"
+
+    def maps(self, call: Call) -> Maps:
+        """As `Method.maps`."""
+        weight = call.network.head_weight() if call.asked.function is None else None
+        return self.maps_of_layers(call) if weight is None else self._closed_form(call, weight)
+
+    def _closed_form(self, call: Call, weight: Tensor) -> Maps:
+        split = call.network.forward(call.images)
+        [activations] = split.activations
+        asked = call.asked
+        with plain_float32(activations):
+            classes = resolve_targets(asked.targets, asked.topk, split.logits)
+            operands = asked.contrast.operands(split.logits, classes)
+            cells = activations.shape[2] * activations.shape[3]
+            weights, classes, scores = ops.contrast_channel_weights(
+                split.logits, weight, cells, classes, *operands
+            )
+            if self.pooled == "positive":
+                weights = weights.relu()
+            maps = ops.pooled_cam(activations, weights, call.relu)
+            target = ClassTarget(classes, scores.float(), asked.contrast)
+        return Maps(split.logits, target, (maps,), "closed form", (split.logits, activations))
+
+    def maps_of_layers(self, call: Call) -> Maps:
+        """As `Method.maps_of_layers`: one forward pass and one backward of the head for all."""
+        split, target = differentiate(call)
+        with plain_float32(call.images):
+            maps = tuple(
+                self.reduced(a, g, call.relu)
+                for a, g in zip(split.activations, split.gradients, strict=True)
+            )
+        tensors = (split.logits, *split.activations)
+        return Maps(split.logits, target, maps, "backward of the head", tensors)
+
+    def reduced(self, activations: Tensor, gradients: Tensor, relu: bool) -> Tensor:
+        """The map (N, T, h, w) of A (N, C, h, w) and G (N, T, C, h, w)."""
+        maps: Tensor = ops.gradient_cam(activations, gradients, self.reduction, relu)
+        return maps
+
+
+@dataclass(frozen=True)
+class EigenGradCAM(GradientMethod):
+    """The first principal component of the products of A and G (pytorch-grad-cam)."""
+
+    def maps(self, call: Call) -> Maps:
+        """As `Method.maps`."""
+        # The component of A times a constant has no shorter form.
+        return self.maps_of_layers(call)
+
+    def reduced(self, activations: Tensor, gradients: Tensor, relu: bool) -> Tensor:
+        """As `GradientMethod.reduced`."""
+        n, t, *shape = gradients.shape
+        products = (gradients * activations[:, None]).reshape(n * t, *shape)
+        maps = ops.eigen_cam(products, True).view(n, t, *shape[1:])
+        return rectified(maps, relu)
+
+
+def differentiate(call: Call) -> tuple[Split, ClassTarget | FunctionTarget]:
+    """The gradients of what is asked for, and what that turned out to be."""
+    targets: list[ClassTarget | FunctionTarget] = []
+    asked = call.asked
+
+    def explained(logits: Tensor, output: Any) -> tuple[Tensor, Tensor]:
+        if asked.function is not None:
+            scores = asked.scores(output, len(logits))
+            targets.append(asked.of_function(scores))
+            t = scores.shape[1]
+            return scores, torch.eye(t, device=scores.device).expand(len(scores), t, t)
+        with plain_float32(logits):
+            z = logits.detach()
+            classes = resolve_targets(asked.targets, asked.topk, z)
+            d: Tensor
+            d, classes, scores = ops.contrast_gradient(
+                z, classes, *asked.contrast.operands(z, classes)
+            )
+            targets.append(ClassTarget(classes, scores.float(), asked.contrast))
+        return logits, d
+
+    split = call.network.head_gradients(call.images, explained)
+    return split, targets[-1]
