@@ -3,9 +3,9 @@ head behind them.
 
 The split is a forward hook on each layer, set for one call and in one thread. Before the first of
 them autograd records nothing. For a gradient the hook hands the head a fresh copy of the activation
-as a leaf and turns recording on, so that the graph spans the head alone: neither weights nor earlier
-layers get a gradient, and an in-place operator behind the layer overwrites the copy, never the
-activation that the map is made of. A later layer of several is a value of that graph.
+as a leaf and turns recording on, so that the graph spans the head alone: neither weights nor
+earlier layers get a gradient, and an in-place operator behind the layer overwrites the copy, never
+the activation that the map is made of. A later layer of several is a value of that graph.
 """
 
 import threading

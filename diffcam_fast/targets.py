@@ -12,8 +12,8 @@ from diffcam_kernels import ops
 from diffcam_kernels.reference import predicted
 
 ScoreFunction = Callable[[Any], Tensor]
-"""From what a model returns for a batch to scores (N,) or (N, T), differentiable; one of several, for
-an image each, from the output of that image to one number.
+"""From what a model returns for a batch to scores (N,) or (N, T), differentiable; of several, for an
+image each, from the output of that image to one number.
 """
 
 Targets = (
