@@ -168,7 +168,7 @@ class Explainer:
                 images, lambda view: maps if view is images else self._maps(view, fixed)[1]
             )
         names = ", ".join(found.layer for found in self._inspections.at(images))
-        kernels = "triton" if uses_kernels(*made.tensors) else "torch"
+        kernels = "triton" if made.tensors and uses_kernels(*made.tensors) else "torch"
         return Explanation(
             logits=made.logits,
             targets=made.target.classes,

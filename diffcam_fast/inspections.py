@@ -132,9 +132,9 @@ def _dotted_names(
 ) -> tuple[str, ...] | None:
     if layers is None:
         return None
-    # An nn.Sequential is a layer, and no sequence of them.
-    several = isinstance(layers, Sequence) and not isinstance(layers, str)
-    names = tuple(_dotted_name(model, layer) for layer in (layers if several else (layers,)))
+    # An nn.Sequential is one layer, and so is a name.
+    given = (layers,) if isinstance(layers, str | nn.Module) else tuple(layers)
+    names = tuple(_dotted_name(model, layer) for layer in given)
     if not names or len(set(names)) < len(names):
         raise ValueError(f"layer must name each layer once, and one at least; got {list(names)}")
     return names

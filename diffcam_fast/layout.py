@@ -46,7 +46,8 @@ class Layout:
         if self.grid is None:
             return output.movedim(self.channel_axis - 4, -3)
         h, w = self.grid
-        return output[..., self.first : self.first + h * w, :].mT.unflatten(-1, (h, w))
+        tokens = output[..., self.first : self.first + h * w, :].mT
+        return tokens.view(*tokens.shape[:-1], h, w)
 
     def with_cells(self, output: Tensor, cells: Tensor) -> Tensor:
         """The layer's output (N, ...) with these cells (N, C, h, w) in place of its own."""

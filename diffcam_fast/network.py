@@ -94,7 +94,7 @@ class Maps:
         target: what was explained.
         maps: of each layer (N, T, h, w).
         how: the way to them, in a few words.
-        tensors: what the maps were computed from, for whoever asks which kernels ran.
+        tensors: what was given to operators that have kernels; none where there were no such.
     """
 
     logits: Tensor

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from diffcam_kernels import ops
 from diffcam_kernels.reference import predicted
 
 ScoreFunction = Callable[[Any], Tensor]
-"""From what a model returns for a batch to scores (N,) or (N, T), differentiable; of several, for an
+"""From what a model returns for a batch to scores (N,) or (N, T), differentiable; of several, an
 image each, from the output of that image to one number.
 """
 
@@ -28,32 +28,15 @@ Targets = (
 )
 
 
-class Target(Protocol):
-    """What a method explains, known once the network has run on the images.
-
-    Attributes:
-        classes: (N, T) int64, the explained classes; -1 where a function is explained.
-        scores: (N, T) float32, the explained score.
-        contrast: name of the contrast.
-    """
-
-    classes: Tensor
-    scores: Tensor
-    contrast: str
-
-    def values(self, logits: Tensor, output: Any, rows: Tensor) -> Tensor:
-        """The scores (M, T) of other outputs.
-
-        Args:
-            logits: (M, K).
-            output: what the model returned for the M rows.
-            rows: (M,) int64, of which image each row is a variant.
-        """
-
-
 @dataclass(frozen=True)
 class ClassTarget:
-    """A class against a contrast."""
+    """Classes against a contrast, known once the network has run on the images.
+
+    Attributes:
+        classes: (N, T) int64.
+        scores: (N, T) float32, the explained score.
+        of: the contrast.
+    """
 
     classes: Tensor
     scores: Tensor
@@ -65,13 +48,26 @@ class ClassTarget:
         return self.of.name
 
     def values(self, logits: Tensor, output: Any, rows: Tensor) -> Tensor:
-        """As `Target.values`."""
+        """The scores (M, T) of other outputs.
+
+        Args:
+            logits: (M, K).
+            output: what the model returned for the M rows.
+            rows: (M,) int64, of which image each row is a variant.
+        """
         return self.of.rows(rows).value(logits, self.classes[rows])
 
 
 @dataclass(frozen=True)
 class FunctionTarget:
-    """A function of the output, which no contrast applies to."""
+    """A function of the output, which no contrast applies to.
+
+    Attributes:
+        classes: (N, T) int64, all -1.
+        scores: (N, T) float32, the explained score.
+        function: the function, or one for each image.
+        contrast: `none`.
+    """
 
     classes: Tensor
     scores: Tensor
@@ -79,8 +75,11 @@ class FunctionTarget:
     contrast: str = "none"
 
     def values(self, logits: Tensor, output: Any, rows: Tensor) -> Tensor:
-        """As `Target.values`."""
+        """As `ClassTarget.values`."""
         return scores_of(self.function, output, rows).float()
+
+
+Target = ClassTarget | FunctionTarget
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class Asked:
             return given  # type: ignore[return-value]  # as the line above says
         return None
 
-    def of(self, logits: Tensor, output: Any) -> ClassTarget | FunctionTarget:
+    def of(self, logits: Tensor, output: Any) -> Target:
         """What that is for these outputs."""
         if self.function is not None:
             return self.of_function(self.scores(output, len(logits)))

@@ -63,9 +63,10 @@ class DecomCAM(Method):
 
 def _components(activations: Tensor, weights: Tensor) -> Tensor:
     """The first components (N, T, I, P) of the weighted channels, negative cells clipped to 0."""
-    n, c, h, w = activations.shape
+    _, c, h, w = activations.shape
     kept = weights.topk(min(c, _CHANNELS), dim=2)
-    x = torch.stack([activations.flatten(2)[i, kept.indices[i]] for i in range(n)])
+    index = kept.indices.flatten(1)[..., None].expand(-1, -1, h * w)
+    x = activations.flatten(2).gather(1, index).view(*kept.indices.shape, h * w)
     x = (x * kept.values[..., None]).mT.double()
     x = x - x.mean(dim=2, keepdim=True)
     count = min(_COMPONENTS, h * w, x.shape[3])

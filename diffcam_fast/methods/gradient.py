@@ -9,7 +9,7 @@ from torch import Tensor
 from diffcam_fast.methods.base import Method, rectified
 from diffcam_fast.network import Call, Maps, plain_float32
 from diffcam_fast.split import Split
-from diffcam_fast.targets import ClassTarget, FunctionTarget, resolve_targets
+from diffcam_fast.targets import ClassTarget, Target, resolve_targets
 from diffcam_kernels import ops
 
 
@@ -83,9 +83,9 @@ class EigenGradCAM(GradientMethod):
         return rectified(maps, relu)
 
 
-def differentiate(call: Call) -> tuple[Split, ClassTarget | FunctionTarget]:
+def differentiate(call: Call) -> tuple[Split, Target]:
     """The gradients of what is asked for, and what that turned out to be."""
-    targets: list[ClassTarget | FunctionTarget] = []
+    targets: list[Target] = []
     asked = call.asked
 
     def explained(logits: Tensor, output: Any) -> tuple[Tensor, Tensor]:

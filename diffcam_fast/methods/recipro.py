@@ -42,7 +42,7 @@ class ReciproCAM(Method):
                 flat = activations[rows].flatten(2)
                 index = cells[:, None, None].expand(-1, flat.shape[1], 1)
                 alone = torch.zeros_like(flat).scatter_(2, index, flat.gather(2, index))
-                return alone.unflatten(2, (h, w))
+                return alone.view(*flat.shape[:2], h, w)
 
             scores = head_values(
                 call,
@@ -54,7 +54,7 @@ class ReciproCAM(Method):
                 values=partial(_scores, target),
             )
             how = f"{h * w} passes of the head an image"
-        maps = scores.view(n, h, w, -1).permute(0, 3, 1, 2).contiguous().float()
+        maps = scores.view(n, h, w, target.scores.shape[1]).permute(0, 3, 1, 2).contiguous().float()
         return Maps(split.logits, target, (maps,), how)
 
 
