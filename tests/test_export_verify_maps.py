@@ -174,7 +174,10 @@ def test_quantized_files(tmp_path: Path) -> None:
     path = explained(tmp_path / "q.onnx", tmp_path)
     report = checked(path, tmp_path / "q.onnx")
     assert report.ok, report.lines()
-    assert "bit for bit not at all" in details(report)["own outputs"]
+    # Whether a value that is read costs an operator its fusion is up to the processor: on one the
+    # outputs are those of the plain file, on another they are so without fused operators.
+    said = details(report)["own outputs"]
+    assert said.endswith(", bit for bit") or "bit for bit not at all where" in said
     wrong = edited(path, lambda model: scale(model, "y", np.float32(1.01)))
     assert verdicts(checked(wrong, tmp_path / "q.onnx"))["own outputs"] == "failed"
 
