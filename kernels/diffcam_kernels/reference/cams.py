@@ -161,17 +161,23 @@ def eigen_cam(activations: Tensor, center: bool) -> Tensor:
         (N, h, w) float32 (float64 for float64 activations), signed, in units of A; zeros where X is
         0.
     """
-    x = activations.to(accumulate_dtype(activations)).flatten(2).transpose(1, 2)
+    dtype = accumulate_dtype(activations)
+    x = activations.double().flatten(2).mT
     if center:
         x = x - x.mean(dim=1, keepdim=True)
     if x.numel() == 0:
-        return x.new_zeros((x.shape[0], *activations.shape[2:]))
+        return x.new_zeros((x.shape[0], *activations.shape[2:]), dtype=dtype)
     # NaN passes through; LAPACK would refuse the whole batch for it.
     broken = ~x.isfinite().all(dim=2).all(dim=1)
-    u, s, _ = torch.linalg.svd(x.masked_fill(broken[:, None, None], 0.0), full_matrices=False)
-    m = u[:, :, 0] * s[:, :1]
+    x = x.masked_fill(broken[:, None, None], 0.0)
+    # The square of the smaller side has the same components, and in float64 the same digits.
+    if x.shape[1] <= x.shape[2]:
+        squares, vectors = torch.linalg.eigh(x @ x.mT)
+        m = vectors[:, :, -1] * squares[:, -1:].clamp_min(0).sqrt()
+    else:
+        m = (x @ torch.linalg.eigh(x.mT @ x)[1][:, :, -1:])[:, :, 0]
     m = m * torch.where(m.gather(1, m.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0)
-    maps: Tensor = m.masked_fill(broken[:, None], math.nan)
+    maps: Tensor = m.masked_fill(broken[:, None], math.nan).to(dtype)
     return maps.view(-1, *activations.shape[2:])
 
 
