@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from diffcam_fast.contrast import Contrast, contrast_score
     from diffcam_fast.explainer import Explainer
     from diffcam_fast.explanation import Explanation
+    from diffcam_fast.fusion import Augment
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AnalysisError": "diffcam_fast.analysis",
+    "Augment": "diffcam_fast.fusion",
     "Candidate": "diffcam_fast.analysis",
     "Contrast": "diffcam_fast.contrast",
     "Explainer": "diffcam_fast.explainer",
@@ -31,6 +33,7 @@ _HOMES = {
 
 __all__ = [
     "AnalysisError",
+    "Augment",
     "Candidate",
     "Contrast",
     "Explainer",

@@ -1,6 +1,6 @@
 """The engine: images and targets in, maps out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from diffcam_fast.explanation import Explanation
 from diffcam_fast.fusion import Augment, Fuse, fuse
 from diffcam_fast.inspections import Inspections, Layer
 from diffcam_fast.layout import Layout
-from diffcam_fast.methods import Method, get_method
+from diffcam_fast.methods import FittedCAM, Method, get_method
 from diffcam_fast.network import Call, Maps, Network, plain_float32
 from diffcam_fast.running import pick_logits, unwrap
 from diffcam_fast.split import Output
@@ -35,7 +35,8 @@ class Explainer:
             inner module runs then.
         layer: the target layer, a module of the model or its dotted name; None: the last spatial
             activation before the classifier. Of several layers the maps are fused.
-        method: a name in `diffcam_fast.methods.METHODS`; docs/methods.md describes them.
+        method: a name in `diffcam_fast.methods.METHODS`, which docs/methods.md describes, or a
+            `Method` of your own.
         contrast: `mean`, `log_odds`, `runner_up`, `none`, or a `Contrast`; None: what the method
             takes by default.
         temperature: another temperature for `log_odds`, at least 0, in units of the logits.
@@ -71,7 +72,7 @@ class Explainer:
         model: nn.Module,
         *,
         layer: Layer | Sequence[Layer] | None = None,
-        method: str = "diff_grad_cam",
+        method: str | Method = "diff_grad_cam",
         contrast: str | Contrast | None = None,
         temperature: float | None = None,
         relu: bool = True,
@@ -102,6 +103,7 @@ class Explainer:
         self._relu, self._fuse, self._augment = relu, fuse, augment
         self._output = pick_logits if output is None else output
         self._memory, self._progress = memory, progress
+        self._fitted: tuple[Tensor, ...] = ()
         self._inspections = Inspections(
             self._model,
             layer,
@@ -129,6 +131,48 @@ class Explainer:
             AnalysisError: as for `layer`.
         """
         return self._inspections.first[0]
+
+    @property
+    def fitted(self) -> tuple[Tensor, ...]:
+        """What `fit` found, W' (K, C) of each layer; may be stored, and set again later.
+
+        Raises:
+            ValueError: nothing was fitted; or what is set does not fit the layers.
+        """
+        if not self._fitted:
+            raise ValueError(
+                f"{self._method.name} has to be fitted: call fit with labelled images first"
+            )
+        return self._fitted
+
+    @fitted.setter
+    def fitted(self, weights: Sequence[Tensor]) -> None:
+        if len(weights) != len(self._inspections.names):
+            raise ValueError(
+                f"{len(weights)} weights for the layers {', '.join(self._inspections.names)}"
+            )
+        self._fitted = tuple(weights)
+
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> "Explainer":
+        """Fits a method that learns from labelled images: `broad_cam`, `re_cam`.
+
+        Args:
+            batches: images (N, C, H, W), as in a call, with labels: (N,) int64, or (N, K) with 1
+                for each class that an image shows. A `DataLoader`, say; all of one image size.
+
+        Returns:
+            The explainer itself.
+
+        Raises:
+            ValueError: the method is not fitted, there are no images, or the labels do not fit.
+        """
+        if not isinstance(self._method, FittedCAM):
+            raise ValueError(f"{self._method.name} is not fitted; it explains as it is")
+        founds = self._inspections.first
+        check_head(self._method, founds)
+        networks = [Network(self._model, (found,), self._output) for found in founds]
+        self.fitted = [self._method.fit(n, batches, self._progress) for n in networks]
+        return self
 
     def __call__(
         self, images: Tensor, targets: Targets = None, *, topk: int | None = None
@@ -183,6 +227,7 @@ class Explainer:
     def _maps(self, images: Tensor, asked: Asked) -> tuple[Maps, Tensor]:
         network = Network(self._model, self._inspections.at(images), self._output)
         check_head(self._method, network.founds)
+        fitted = self.fitted if self._method.needs_fit else ()
         call = Call(
             network,
             images,
@@ -190,6 +235,7 @@ class Explainer:
             relu=self._relu,
             memory=self._memory,
             progress=self._progress,
+            fitted=fitted,
         )
         if len(network.founds) == 1:
             made = self._method.maps(call)
@@ -215,19 +261,19 @@ class Explainer:
 
 
 def method_and_contrast(
-    method: str, contrast: str | Contrast | None, temperature: float | None
+    method: str | Method, contrast: str | Contrast | None, temperature: float | None
 ) -> tuple[Method, Contrast]:
-    """The method of this name and the contrast that it takes, as `Explainer` reads them.
+    """The method of this name, or the one given, and its contrast, as `Explainer` reads them.
 
     Raises:
         ValueError: an unknown method or contrast, or settings that exclude each other.
     """
-    found = get_method(method)
+    found = get_method(method) if isinstance(method, str) else method
     default = "log_odds" if temperature is not None else found.contrast
     parsed = Contrast.parse(default if contrast is None else contrast, temperature=temperature)
     if found.needs_contrast and parsed.name == "none":
-        plain = method.removeprefix("diff_")
-        raise ValueError(f"{method} is defined by its contrast; without one it is {plain}")
+        plain = found.name.removeprefix("diff_")
+        raise ValueError(f"{found.name} is defined by its contrast; without one it is {plain}")
     return found, parsed
 
 

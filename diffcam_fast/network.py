@@ -73,7 +73,7 @@ class Call:
         relu: clip negative cells of the maps to 0.
         memory: bytes that passes over masked images or activations may take.
         progress: show a bar over such passes; None: where they take long and a person looks on.
-        fitted: what `Explainer.fit` found.
+        fitted: what `Explainer.fit` found, W' (K, C) of each layer.
     """
 
     network: Network
@@ -82,7 +82,7 @@ class Call:
     relu: bool = True
     memory: int = 1 << 29
     progress: bool | None = None
-    fitted: Tensor | None = None
+    fitted: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

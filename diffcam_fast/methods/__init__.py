@@ -7,6 +7,7 @@ from diffcam_fast.methods.ablation import AblationCAM
 from diffcam_fast.methods.activation import ClassActivationMap, EigenCAM
 from diffcam_fast.methods.base import Method
 from diffcam_fast.methods.decom import DecomCAM
+from diffcam_fast.methods.fitted import BroadCAM, FittedCAM, ReCAM
 from diffcam_fast.methods.gradient import EigenGradCAM, GradientMethod
 from diffcam_fast.methods.recipro import ReciproCAM
 from diffcam_fast.methods.score import ScoreCAM
@@ -39,6 +40,8 @@ METHODS: dict[str, Method] = {
         ScoreCAM("score_cam", "none", "arXiv 1910.01279"),
         AblationCAM("ablation_cam", "none", "WACV 2020"),
         DecomCAM("decom_cam", "none", "arXiv 2405.18882"),
+        BroadCAM("broad_cam", "none", "arXiv 2309.03509"),
+        ReCAM("re_cam", "none", "arXiv 2203.00962"),
     )
 }
 
@@ -54,4 +57,13 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "EigenGradCAM", "GradientMethod", "Method", "get_method"]
+__all__ = [
+    "METHODS",
+    "BroadCAM",
+    "EigenGradCAM",
+    "FittedCAM",
+    "GradientMethod",
+    "Method",
+    "ReCAM",
+    "get_method",
+]

@@ -17,15 +17,21 @@ class ClassActivationMap(Method):
 
     def maps(self, call: Call) -> Maps:
         """As `Method.maps`."""
-        weight = call.network.head_weight() if call.fitted is None else call.fitted
+        if call.asked.function is not None:
+            raise ValueError(f"{self.name} weighs channels for classes; a function has no weights")
+        weight = call.fitted[0] if call.fitted else call.network.head_weight()
         assert weight is not None
         split = call.network.forward(call.images)
         [activations] = split.activations
         with plain_float32(activations):
             target = call.asked.of(split.logits, split.output)
             d = call.asked.contrast.gradient(split.logits, target.classes)
-            maps = ops.pooled_cam(activations, d @ weight.to(d), call.relu)
+            read = self._activations(activations)
+            maps = ops.pooled_cam(read, d @ weight.to(d), call.relu)
         return Maps(split.logits, target, (maps,), "closed form", (activations,))
+
+    def _activations(self, activations: Tensor) -> Tensor:
+        return activations
 
 
 @dataclass(frozen=True)

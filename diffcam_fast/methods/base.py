@@ -40,8 +40,14 @@ class Method(ABC):
     def maps_of_layers(self, call: Call) -> Maps:
         """Explains a batch at each of several layers, from as few passes as the method can."""
         each = [
-            self.maps(replace(call, network=replace(call.network, founds=(found,))))
-            for found in call.network.founds
+            self.maps(
+                replace(
+                    call,
+                    network=replace(call.network, founds=(found,)),
+                    fitted=call.fitted[i : i + 1],
+                )
+            )
+            for i, found in enumerate(call.network.founds)
         ]
         return replace(
             each[0],
