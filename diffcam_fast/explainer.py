@@ -222,6 +222,7 @@ class Explainer:
             layer=names,
             method=self._method.name,
             contrast=made.target.contrast,
+            layer_maps=tuple(m.float() for m in made.maps),
         )
 
     def _maps(self, images: Tensor, asked: Asked) -> tuple[Maps, Tensor]:

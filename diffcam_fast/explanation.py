@@ -1,6 +1,6 @@
 """The result of an explanation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ class Explanation:
         layer: dotted name of the target layer.
         method: name of the method.
         contrast: name of the contrast.
+        layer_maps: of each layer its maps (N, T, h, w), before they were fused; of views before
+            they were averaged, those of the images themselves.
 
     Example:
         >>> import torch
@@ -49,6 +51,7 @@ class Explanation:
     layer: str
     method: str
     contrast: str
+    layer_maps: tuple[Tensor, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
         n, t, h, w = self.maps.shape

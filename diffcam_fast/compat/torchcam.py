@@ -1,0 +1,207 @@
+"""The extractors of torch-cam: hooks that remember a forward pass, explained afterwards.
+
+The images of the user's own forward pass are kept until they are explained, and the engine runs the
+model on them again: a head in closed form, or a graph behind the target layer only, is what makes
+that cheaper than a graph through the whole network.
+"""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffcam_fast.explainer import Explainer
+from diffcam_fast.inspections import Layer
+from diffcam_fast.running import unwrap
+from diffcam_fast.targets import Targets
+
+_EPS = 1e-8
+
+
+class _Extractor:
+    """An extractor with the interface of torch-cam.
+
+    Args:
+        model: an image classifier.
+        target_layer: a module or dotted name, or a list of them; None: found by running.
+        input_shape: (C, H, W), not needed.
+        enable_hooks: remember the next forward passes.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), head).eval()
+        >>> with GradCAM(model) as extractor:
+        ...     scores = model(torch.rand(2, 3, 8, 8))
+        ...     [maps] = extractor(1, scores)
+        >>> maps.shape
+        torch.Size([2, 6, 6])
+    """
+
+    method: ClassVar[str]
+    relu: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: Layer | Sequence[Layer] | None = None,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        enable_hooks: bool = True,
+    ) -> None:
+        self.model = model
+        self._layer = target_layer
+        self._images: Tensor | None = None
+        self._explainers: dict[tuple[int, ...], Explainer] = {}
+        self._remembering = enable_hooks
+        self._handle = unwrap(model).register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        if self._remembering and given:
+            # The model may write into its input.
+            self._images = given[0].detach().clone()
+
+    def enable_hooks(self) -> None:
+        """Remember the next forward passes."""
+        self._remembering = True
+
+    def disable_hooks(self) -> None:
+        """Leave the next forward passes alone."""
+        self._remembering = False
+
+    def reset_hooks(self) -> None:
+        """Forget the last forward pass."""
+        self._images = None
+
+    def remove_hooks(self) -> None:
+        """Take the hook from the model."""
+        self._handle.remove()
+        self._images = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove_hooks()
+
+    def __call__(
+        self,
+        class_idx: int | Sequence[int] | None = None,
+        scores: Tensor | None = None,
+        normalized: bool = True,
+        *,
+        targets: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]] | None = None,
+        retain_graph: bool = False,
+    ) -> list[Tensor]:
+        """The maps of the last forward pass.
+
+        Args:
+            class_idx: a class, or one an image.
+            scores: what the model returned; not needed.
+            normalized: bring each map to [0, 1].
+            targets: a function of the output of one image to a number, or one for each, in place
+                of classes.
+            retain_graph: not needed: another class may always follow.
+
+        Returns:
+            (N, h, w) for each layer, at its resolution, on the model's device.
+
+        Raises:
+            ValueError: neither or both of class_idx and targets, or not as many as images.
+            RuntimeError: there was no forward pass.
+        """
+        if (class_idx is None) == (targets is None):
+            raise ValueError("give either class_idx or targets")
+        if self._images is None:
+            raise RuntimeError("run the model on images first, with the hooks enabled")
+        images = self._images
+        given: Targets = class_idx
+        if targets is not None:
+            given = [targets] * len(images) if callable(targets) else list(targets)
+        if isinstance(given, Sequence) and len(given) != len(images):
+            raise ValueError(f"{len(given)} targets for {len(images)} images; give one an image")
+        remembering, self._remembering = self._remembering, False
+        try:
+            result = self._explainer(images)(images, given)
+        finally:
+            self._remembering = remembering
+        maps = [m[:, 0] for m in result.layer_maps]
+        return [_unit(m) for m in maps] if normalized else maps
+
+    def _explainer(self, images: Tensor) -> Explainer:
+        shape = tuple(images.shape[1:])
+        if shape not in self._explainers:
+            self._explainers[shape] = Explainer(
+                self.model,
+                layer=self._layer,
+                method=self.method,
+                relu=self.relu,
+                example_inputs=images[:1],
+            )
+        return self._explainers[shape]
+
+    @staticmethod
+    def fuse_cams(cams: Sequence[Tensor], target_shape: tuple[int, int] | None = None) -> Tensor:
+        """The largest of the maps (N, h, w) of several layers, at the size of the largest or at
+        `target_shape`.
+        """
+        size = target_shape or tuple(max(cam.shape[i] for cam in cams) for i in (1, 2))
+        resized = [F.interpolate(cam[:, None], size, mode="bilinear")[:, 0] for cam in cams]
+        return torch.stack(resized).amax(dim=0)
+
+
+def _unit(maps: Tensor) -> Tensor:
+    maps = maps - maps.amin(dim=(1, 2), keepdim=True)
+    return maps / (maps.amax(dim=(1, 2), keepdim=True) + _EPS)
+
+
+class CAM(_Extractor):
+    """Class activation maps (arXiv 1512.04150), of pooled linear heads; no ReLU."""
+
+    method = "cam"
+    relu = False
+
+
+class GradCAM(_Extractor):
+    """Grad-CAM (arXiv 1610.02391)."""
+
+    method = "grad_cam"
+
+
+class DiffGradCAM(_Extractor):
+    """DiffGradCAM (arXiv 2506.08514), against the log-odds; no class of torch-cam."""
+
+    method = "diff_grad_cam"
+
+
+class GradCAMpp(_Extractor):
+    """Grad-CAM++ (arXiv 1710.11063), renormalised as by its authors."""
+
+    method = "grad_cam_pp"
+
+
+class XGradCAM(_Extractor):
+    """XGrad-CAM (arXiv 2008.02312)."""
+
+    method = "xgrad_cam"
+
+
+class LayerCAM(_Extractor):
+    """LayerCAM (TIP 2021)."""
+
+    method = "layer_cam"
+
+
+class ScoreCAM(_Extractor):
+    """Score-CAM (arXiv 1910.01279), masked as by pytorch-grad-cam."""
+
+    method = "score_cam"
