@@ -37,12 +37,11 @@ def show_cam_on_image(
     if not 0 <= image_weight <= 1:
         raise ValueError(f"image_weight must be in [0, 1], got {image_weight}")
     levels = np.uint8(255 * np.asarray(mask))
-    colours = np.float32(matplotlib.colormaps[colormap](levels)[..., :3])
+    colours = np.asarray(matplotlib.colormaps[colormap](levels), np.float32)[..., :3]
     if not use_rgb:
         colours = colours[..., ::-1]
     blended = (1 - image_weight) * colours + image_weight * img
-    picture: np.ndarray = np.uint8(255 * (blended / np.max(blended)))
-    return picture
+    return np.asarray(255 * (blended / np.max(blended))).astype(np.uint8)
 
 
 def preprocess_image(

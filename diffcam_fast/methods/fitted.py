@@ -155,7 +155,8 @@ class ReCAM(FittedCAM):
                     else f"the images could not be iterated more than {epoch} times; give a list "
                     "or a DataLoader"
                 )
-        return weight * second.detach()
+        found: Tensor = weight * second.detach()
+        return found
 
 
 def _of_classes(activations: Tensor, rows: Tensor) -> Tensor:
@@ -187,5 +188,5 @@ def _multi_hot(labels: Tensor, logits: Tensor) -> Tensor:
             f"{labels.dtype} {tuple(labels.shape)}"
         )
     if n and not 0 <= int(labels.min()) <= int(labels.max()) < k:
-        raise ValueError(f"labels must be from 0 to {k - 1}, got {labels.unique().tolist()}")
+        raise ValueError(f"labels must be from 0 to {k - 1}, got {int(labels.min())} to {int(labels.max())}")
     return F.one_hot(labels.long(), k).double()

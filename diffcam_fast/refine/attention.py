@@ -79,7 +79,8 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     # In inference mode operators come whole, not as what they are made of.
     with torch.inference_mode(False), torch.no_grad(), evaluating(model), _Attention() as seen:
         model(images.clone())
-    return seen.maps
+    maps: list[Tensor] = seen.maps
+    return maps
 
 
 class _Attention(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
@@ -114,4 +115,5 @@ def _weights(given: dict[str, Any]) -> Tensor:
     query, key, scale = given["query"].float(), given["key"].float(), given.get("scale")
     logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     bias = given.get("attn_mask", given.get("attn_bias"))
-    return (logits if bias is None else logits + bias).softmax(dim=-1)
+    weights: Tensor = (logits if bias is None else logits + bias).softmax(dim=-1)
+    return weights
