@@ -10,7 +10,6 @@ from diffcam_export.cam import HEATMAP, MAP, CamOptions, cam_head
 from diffcam_export.checking import Failed, Skipped, relative, within, worst
 from diffcam_export.contrast import Targets
 from diffcam_export.explainer import OnnxExplainer
-from diffcam_export.methods import form_of
 from diffcam_export.plain import plain_model
 from diffcam_export.running import run
 from diffcam_export.samples import Sample
@@ -112,9 +111,7 @@ def _as_in_pytorch(subject: Subject, layer: str, model: nn.Module) -> str:
             for sample, images in zip(samples, planes, strict=True)
         ]
     )
-    form = form_of(METHODS[facts.method])
-    bound = max(subject.tolerance, form.tolerance, _BAKED if facts.baked else 0)
-    return within(error, bound, "PyTorch")
+    return within(error, max(subject.tolerance, _BAKED if facts.baked else 0), "PyTorch")
 
 
 def _as_taken(model: nn.Module, planes: Tensor, ours: OnnxExplainer) -> Tensor:

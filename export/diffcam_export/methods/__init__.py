@@ -15,14 +15,11 @@ from diffcam_fast.methods.decom import DecomCAM
 from diffcam_fast.methods.recipro import ReciproCAM
 from diffcam_fast.methods.score import ScoreCAM
 
-# PyTorch takes an SVD in float32, which is off where two singular values are almost equal.
-_SVD = 1e-2
-
 FORMS: dict[type[Method], Form | str] = {
     GradientMethod: Form(gradient_method),
-    EigenGradCAM: Form(eigen_grad_cam, tolerance=_SVD),
+    EigenGradCAM: Form(eigen_grad_cam),
     ClassActivationMap: Form(class_activation_map),
-    EigenCAM: Form(eigen_cam, no_gradient, tolerance=_SVD),
+    EigenCAM: Form(eigen_cam, no_gradient),
     ReciproCAM: Form(recipro_cam, elsewhere="a pass of the head for each cell", clipped=False),
     AblationCAM: Form(ablation_cam, elsewhere="a pass of the head for each channel"),
     ScoreCAM: "it takes a pass of the whole network for each channel of the layer",

@@ -8,9 +8,8 @@ is u.
 
 All of it is float64, which ONNX Runtime multiplies on CPU and CUDA. On spectra whose two largest
 singular values agree to 1e-2, 1e-4 and 1e-6 it is off by 5e-8 of the largest cell, which is the
-rounding of the result; the same in float32 by 1e-6, 6e-5 and 1e-2, an SVD in float32 by 4e-5, 2e-3
-and more than 1e-1. And only in float64 is the mean of equal float32 numbers that number, so that
-constant channels leave nothing.
+rounding of the result; the same in float32 by 1e-6, 6e-5 and 1e-2. And only in float64 is the mean
+of equal float32 numbers that number, so that constant channels leave nothing.
 """
 
 import numpy as np
@@ -38,7 +37,7 @@ def eigen_cam(at: Explained, found: Found) -> ir.Value:
     """The component of the activations, the same for every class."""
     emit = at.emit
     x = emit("Unsqueeze", cells(emit, found.layer, found), emit.ints(1))
-    maps = component(emit, x, found)
+    maps = component(emit, x, of_cells=fewer_cells(found))
     if at.several:
         maps = emit("Expand", maps, emit("Shape", at.column, dtype=_INT64))
     return at.of_known(maps)
@@ -49,12 +48,17 @@ def no_gradient(found: Found) -> tuple[str, str]:
     return "principal component", "of the activations alone: no class and no gradient takes part"
 
 
-def component(emit: Emitter, x: ir.Value, found: Found) -> ir.Value:
-    """(N, T, P) float32 from (N, T, C, P) float32; see `diffcam_kernels.reference.eigen_cam`."""
+def component(emit: Emitter, x: ir.Value, *, of_cells: bool) -> ir.Value:
+    """(N, T, P) float32 from (N, T, C, P) float32; see `diffcam_kernels.reference.eigen_cam`.
+
+    Args:
+        emit: what writes the nodes.
+        x: whose component it is.
+        of_cells: square the Gram matrix of the cells, and not that of the channels.
+    """
     x = emit("Cast", x, dtype=_DOUBLE, to=_DOUBLE)
     x = emit("Sub", x, emit("ReduceMean", x, emit.ints(3), keepdims=1))
     across = emit("Transpose", x, perm=[0, 1, 3, 2])
-    of_cells = _fewer_cells(found)
     gram = emit("MatMul", across, x) if of_cells else emit("MatMul", x, across)
     u = _longest_column(emit, _squared(emit, _over(emit, gram, _square_sum(emit, x, 2, 3))))
     v = _over(emit, u, _length(emit, u))
@@ -65,7 +69,8 @@ def component(emit: Emitter, x: ir.Value, found: Found) -> ir.Value:
     return _signed(emit, emit("Cast", maps, dtype=_FLOAT, to=_FLOAT))
 
 
-def _fewer_cells(found: Found) -> bool:
+def fewer_cells(found: Found) -> bool:
+    """Whether a layer has fewer cells than channels, as far as the file tells."""
     channels, height, width = sizes(found)
     if not isinstance(channels, int):
         return True

@@ -95,12 +95,9 @@ class Form:
         elsewhere: what the method takes behind a head that is not pooled and linear, where a graph
             cannot have that; empty: it can.
         clipped: negative cells may be clipped to 0.
-        tolerance: how far PyTorch's own float32 may be off, of the largest cell; beyond what
-            rounding is always allowed.
     """
 
     write: Callable[[Explained, Found], ir.Value]
     way: Callable[[Found], tuple[str, str]] = by_gradient
     elsewhere: str = ""
     clipped: bool = True
-    tolerance: float = 0.0

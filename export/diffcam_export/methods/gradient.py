@@ -8,7 +8,7 @@ from diffcam_export.analysis import Found
 from diffcam_export.emit import Emitter
 from diffcam_export.gradients import vjp
 from diffcam_export.layer import cast, cell_count, cells, class_rows
-from diffcam_export.methods.component import component
+from diffcam_export.methods.component import component, fewer_cells
 from diffcam_export.methods.form import Explained
 from diffcam_export.reductions import REDUCTIONS, weighted
 from diffcam_fast.methods import GradientMethod
@@ -34,13 +34,14 @@ def eigen_grad_cam(at: Explained, found: Found) -> ir.Value:
 
     def of_products(emit: Emitter, a: ir.Value, g: ir.Value) -> ir.Value:
         products = emit("Unsqueeze", emit("Mul", g, a), emit.ints(1))
-        return component(emit, products, found)
+        return component(emit, products, of_cells=fewer_cells(found))
 
     if found.weight is None:
         return _backward(at, found, a, of_products)
     w = emit("MatMul", at.d, class_rows(emit, found))
     g = emit("Unsqueeze", emit("Div", w, cell_count(emit, a)), emit.ints(3))
-    return component(emit, emit("Mul", g, emit("Unsqueeze", a, emit.ints(1))), found)
+    products = emit("Mul", g, emit("Unsqueeze", a, emit.ints(1)))
+    return component(emit, products, of_cells=fewer_cells(found))
 
 
 def _backward(
