@@ -22,13 +22,14 @@ def recipro_cam(at: Explained, found: Found) -> ir.Value:
     a, w = cells(emit, found.layer, found), class_rows(emit, found)
     shares = emit("Div", a, cell_count(emit, a))
     bias = emit("Sub", at.logits, _spoken(emit, w, _means(emit, a)))
-    if at.contrast.name == "none":
-        rows = _beside(emit, bias, emit("MatMul", w, shares))
-        return weighted(emit, at.d, emit("Softmax", rows, axis=1))
-    if is_linear(at.contrast):
+    if at.contrast.name != "none" and is_linear(at.contrast):
         cellwise = weighted(emit, emit("MatMul", at.d, w), shares)
         return emit("Add", cellwise, linear_value(at, bias))
-    rows = _beside(emit, bias, emit("MatMul", w, shares))
+    spoken = _spoken(emit, w, emit("Transpose", shares, perm=[0, 2, 1]))
+    rows = emit("Add", spoken, emit("Unsqueeze", bias, emit.ints(1)))
+    rows = emit("Transpose", rows, perm=[0, 2, 1])
+    if at.contrast.name == "none":
+        return weighted(emit, at.d, emit("Softmax", rows, axis=1))
     return of_whole_images(at, at.each_target(at.column, lambda e, c: value(e, at, rows, c)))
 
 
@@ -58,11 +59,6 @@ def _means(emit: Emitter, a: ir.Value) -> ir.Value:
     return emit("ReduceMean", a, emit.ints(2), keepdims=0)
 
 
-def _spoken(emit: Emitter, w: ir.Value, means: ir.Value) -> ir.Value:
-    """W mean(A), (N, K)."""
-    return emit("MatMul", means, emit("Transpose", w, perm=[1, 0]))
-
-
-def _beside(emit: Emitter, bias: ir.Value, rows: ir.Value) -> ir.Value:
-    """Logits (N, K, R) with b (N, K)."""
-    return emit("Add", rows, emit("Unsqueeze", bias, emit.ints(2)))
+def _spoken(emit: Emitter, w: ir.Value, x: ir.Value) -> ir.Value:
+    """W x, (N, ..., K), of W (K, C) and x (N, ..., C)."""
+    return emit("MatMul", x, emit("Transpose", w, perm=[1, 0]))
