@@ -21,13 +21,14 @@ def recipro_cam(at: Explained, found: Found) -> ir.Value:
     emit = at.emit
     a, w = cells(emit, found.layer, found), class_rows(emit, found)
     shares = emit("Div", a, cell_count(emit, a))
-    bias = emit("Sub", at.logits, _spoken(emit, w, _means(emit, a)))
+    spoken = emit("MatMul", _means(emit, a), emit("Transpose", w, perm=[1, 0]))
+    bias = emit("Sub", at.logits, spoken)
     if at.contrast.name != "none" and is_linear(at.contrast):
         cellwise = weighted(emit, emit("MatMul", at.d, w), shares)
         return emit("Add", cellwise, linear_value(at, bias))
-    spoken = _spoken(emit, w, emit("Transpose", shares, perm=[0, 2, 1]))
-    rows = emit("Add", spoken, emit("Unsqueeze", bias, emit.ints(1)))
-    rows = emit("Transpose", rows, perm=[0, 2, 1])
+    # A convolution takes batches without an image, which a product of W and A does not.
+    rows = emit("Conv", shares, emit("Unsqueeze", w, emit.ints(2)))
+    rows = emit("Add", rows, emit("Unsqueeze", bias, emit.ints(2)))
     if at.contrast.name == "none":
         return weighted(emit, at.d, emit("Softmax", rows, axis=1))
     return of_whole_images(at, at.each_target(at.column, lambda e, c: value(e, at, rows, c)))
@@ -57,8 +58,3 @@ def ablation_cam(at: Explained, found: Found) -> ir.Value:
 def _means(emit: Emitter, a: ir.Value) -> ir.Value:
     """(N, C)."""
     return emit("ReduceMean", a, emit.ints(2), keepdims=0)
-
-
-def _spoken(emit: Emitter, w: ir.Value, x: ir.Value) -> ir.Value:
-    """W x, (N, ..., K), of W (K, C) and x (N, ..., C)."""
-    return emit("MatMul", x, emit("Transpose", w, perm=[1, 0]))
