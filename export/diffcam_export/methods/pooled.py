@@ -6,7 +6,7 @@ from diffcam_export.analysis import Found
 from diffcam_export.emit import Emitter
 from diffcam_export.layer import cell_count, cells, class_rows
 from diffcam_export.methods.form import Explained
-from diffcam_export.methods.value import is_linear, linear_value, of_whole_images, value
+from diffcam_export.methods.value import is_linear, linear_value, lost_value, of_whole_images, value
 from diffcam_export.reductions import weighted
 
 
@@ -47,12 +47,9 @@ def ablation_cam(at: Explained, found: Found) -> ir.Value:
     # The score does not move with all logits; near 0 less of what they lose is rounded away.
     z = emit("Sub", at.logits, emit("ReduceMax", at.logits, emit.ints(1), keepdims=1))
     whole = emit("Unsqueeze", z, emit.ints(2))
-    rows = emit("Sub", whole, emit("Mul", w, means))
-
-    def lost(emit: Emitter, target: ir.Value) -> ir.Value:
-        return emit("Sub", value(emit, at, whole, target), value(emit, at, rows, target))
-
-    return weighted(emit, of_whole_images(at, at.each_target(at.column, lost)), a)
+    rows = emit("Concat", whole, emit("Sub", whole, emit("Mul", w, means)), axis=2)
+    lost = at.each_target(at.column, lambda e, c: lost_value(e, at, rows, c))
+    return weighted(emit, of_whole_images(at, lost), a)
 
 
 def _means(emit: Emitter, a: ir.Value) -> ir.Value:

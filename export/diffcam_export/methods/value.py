@@ -6,6 +6,8 @@ Without a contrast, under the mean and under weights that is sum_k d_k z_k with 
 of an image: then nothing of the size of the logits times cells or channels is made.
 """
 
+import math
+
 import onnx_ir as ir
 
 from diffcam_export.contrast import (
@@ -48,6 +50,34 @@ def value(emit: Emitter, at: Explained, rows: ir.Value, target: ir.Value) -> ir.
         rows: (N, K, R).
         target: (N, 1), the class of each image.
     """
+    difference, total, taken = _parts(emit, at, rows, target)
+    if total is None or taken is None:
+        return difference
+    count = _over_classes(emit, "ReduceSum", taken)
+    return emit("Sub", difference, _times_t(emit, at, emit("Log", emit("Div", total, count))))
+
+
+def lost_value(emit: Emitter, at: Explained, rows: ir.Value, target: ir.Value) -> ir.Value:
+    """F of the first of R sets of logits less that of each other, (N, 1, R - 1); as `value`.
+
+    Logits that are almost the same differ by the logarithm of a quotient, which is near 0: that of
+    two logarithms would be rounded away.
+    """
+    difference, total, _ = _parts(emit, at, rows, target)
+    first, others = _first_and_others(emit, difference)
+    lost = emit("Sub", first, others)
+    if total is None:
+        return lost
+    first, others = _first_and_others(emit, total)
+    return emit("Add", lost, _times_t(emit, at, emit("Log", emit("Div", others, first))))
+
+
+def _parts(
+    emit: Emitter, at: Explained, rows: ir.Value, target: ir.Value
+) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+    """z_c - max_j z_j (N, 1, R), and None for T = 0: sum_j exp((z_j - max) / T), and which classes
+    take part (N, K, 1), 0 or 1.
+    """
     t = at.contrast.temperature
     assert t is not None
     chosen = _chosen(emit, at, target)
@@ -57,19 +87,32 @@ def value(emit: Emitter, at: Explained, rows: ir.Value, target: ir.Value) -> ir.
     largest = _over_classes(emit, "ReduceMax", others)
     difference = emit("Sub", own, largest)
     if t < COLDEST:
-        return difference
+        return difference, None, None
+    # A class of -inf takes no part, and is one in all rows.
+    plain = _others(emit, at, emit("Unsqueeze", at.logits, emit.ints(2)), chosen)
+    part = emit("Greater", plain, emit.like(plain, -math.inf), dtype=_BOOL)
+    taken = cast(emit, part, _FLOAT)
     below = emit("Sub", others, largest)
     if t != 1:
         below = emit("Div", below, emit.like(rows, t))
-    total = _over_classes(emit, "ReduceSum", emit("Exp", below))
-    # A class of -inf takes no part, and is one in all rows.
-    plain = _others(emit, at, emit("Unsqueeze", at.logits, emit.ints(2)), chosen)
-    part = emit("Greater", plain, emit.like(plain, -float("inf")), dtype=_BOOL)
-    count = _over_classes(emit, "ReduceSum", cast(emit, part, _FLOAT))
-    logarithm = emit("Log", emit("Div", total, count))
-    if t != 1:
-        logarithm = emit("Mul", logarithm, emit.like(rows, t))
-    return emit("Sub", difference, logarithm)
+    # A product rounds less than a sum over the first axis but one.
+    total = emit("MatMul", emit("Transpose", taken, perm=[0, 2, 1]), emit("Exp", below))
+    return difference, total, taken
+
+
+def _times_t(emit: Emitter, at: Explained, x: ir.Value) -> ir.Value:
+    t = at.contrast.temperature
+    assert t is not None
+    return x if t == 1 else emit("Mul", x, emit.like(x, t))
+
+
+def _first_and_others(emit: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(N, 1, 1) and (N, 1, R - 1) of (N, 1, R)."""
+    one, axis = emit.ints(1), emit.ints(2)
+    return (
+        emit("Slice", x, emit.ints(0), one, axis),
+        emit("Slice", x, one, emit.ints(2**31), axis),
+    )
 
 
 def of_whole_images(at: Explained, maps: ir.Value) -> ir.Value:
@@ -86,7 +129,7 @@ def _chosen(emit: Emitter, at: Explained, target: ir.Value) -> ir.Value:
 
 def _others(emit: Emitter, at: Explained, rows: ir.Value, chosen: ir.Value) -> ir.Value:
     """Rows (N, K, R) with -inf for the classes that the chosen one is not held against."""
-    least = emit.like(rows, -float("inf"))
+    least = emit.like(rows, -math.inf)
     others = emit("Where", chosen, least, rows, dtype=rows.dtype)
     if at.contrast.reference is None:
         return others
