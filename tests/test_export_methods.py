@@ -21,6 +21,14 @@ from diffcam_export import Exported, OnnxExplainer, export_onnx
 from diffcam_export.emit import Emitter
 from diffcam_export.methods import FORMS, Form
 from diffcam_export.methods.component import component
+from diffcam_export.methods.form import Explained
+from diffcam_export.methods.value import (
+    is_linear,
+    linear_value,
+    lost_value,
+    of_whole_images,
+    value,
+)
 from diffcam_export.verify import verify
 from diffcam_fast import Contrast, Explainer
 from diffcam_fast.cli.main import main
@@ -224,6 +232,53 @@ def test_two_layers(plain: dict[str, Path], tmp_path: Path) -> None:
     for suffix, layer in (("", "0.1"), ("_1", "0")):
         expected = Explainer(copy.deepcopy(model).double(), layer=layer, method="eigen_grad_cam")
         assert relative_error(found[f"diffcam_map{suffix}"], expected(x, topk=2).maps) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "contrast",
+    [*CONTRASTS.values(), Contrast(1e-30), Contrast(50.0), Contrast(math.inf, reference=(3, 4))],
+    ids=lambda contrast: contrast.name,
+)
+def test_values_are_those_of_the_contrast(contrast: Contrast) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = 4 * torch.randn(5, K, generator=generator)
+    rows = logits[..., None] + torch.randn(5, K, 6, generator=generator) / 8
+    rows[..., 0] = logits
+    # A class that takes no part, a tie, and what is far away or broken.
+    rows[1, 3] = logits[1, 3] = -math.inf
+    rows[2] = logits[2] = 1.0
+    rows[3, 2], logits[3, 2] = 80.0, 80.0
+    rows[4, 4] = logits[4, 4] = math.nan
+    targets = torch.tensor([[0], [1], [0], [2], [1]])
+
+    def made(write: Callable[[Explained, ir.Value], ir.Value]) -> Tensor:
+        emit = Emitter("test")
+        z, c = ir.val("z", ir.DataType.FLOAT, [5, K]), ir.val("c", ir.DataType.INT64, [5, 1])
+        x = ir.val("x", ir.DataType.FLOAT, [5, K, 6])
+        at = Explained(emit, METHODS["ablation_cam"], z, c, contrast, several=False, checked=False)
+        found = write(at, x)
+        graph = ir.Graph([z, c, x], [found], nodes=emit.nodes, opset_imports={"": 18}, name="test")
+        proto = ir.to_proto(ir.Model(graph, ir_version=9))
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=CPU)
+        feeds = {"z": logits.numpy(), "c": targets.numpy(), "x": rows.numpy()}
+        return torch.from_numpy(session.run(None, feeds)[0])[:, 0]
+
+    flat = rows.double().mT.flatten(0, 1)
+    expected = contrast.value(flat, targets.repeat_interleave(6, 0)).view(5, 6)
+    options: dict[str, Any] = {"equal_nan": True, "rtol": 1e-5, "atol": 1e-5}
+    if is_linear(contrast):
+        one = made(lambda at, x: linear_value(at, at.logits))
+        assert torch.allclose(one.double(), expected[:, :1], **options)
+        return
+    found = made(lambda at, x: of_whole_images(at, value(at.emit, at, x, at.classes)))
+    assert torch.allclose(found.double(), expected, **options)
+    lost = made(lambda at, x: of_whole_images(at, lost_value(at.emit, at, x, at.classes)))
+    assert torch.allclose(lost.double(), expected[:, :1] - expected[:, 1:], **options)
+
+
+def targets_of(at: Explained) -> ir.Value:
+    """(N, 1)."""
+    return at.classes
 
 
 def component_of(a: Tensor, *, of_cells: bool) -> Tensor:
