@@ -40,7 +40,7 @@ K = 5
 CPU = ["CPUExecutionProvider"]
 NETWORKS: dict[str, Callable[[], nn.Sequential]] = {"pooled": pooled, "mlp": with_mlp}
 LINEAR_ONLY = ("cam", "recipro_cam", "ablation_cam")
-REFUSED = ("score_cam", "decom_cam")
+REFUSED = ("score_cam", "decom_cam", "broad_cam", "re_cam")
 EXPORTED = [name for name in METHODS if name not in REFUSED]
 CASES = [
     (network, method)
@@ -353,6 +353,7 @@ def test_what_a_graph_cannot_have(plain: dict[str, Path], tmp_path: Path) -> Non
 
     refused("score_cam cannot be .* a pass of the whole network for each channel", "score_cam")
     refused("decom_cam cannot be .* ten passes .*; there are diff_grad_cam, ", "decom_cam")
+    refused("broad_cam cannot be .*: its weights are fitted on labelled images", "broad_cam")
     refused("cam is defined for a pooled linear head only; behind layer .* Tanh", "cam")
     refused(
         "a pass of the head for each cell .* in PyTorch, or export diff_grad_cam", "recipro_cam"

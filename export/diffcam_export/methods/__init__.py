@@ -8,12 +8,14 @@ from diffcam_export.methods.form import Explained, Form
 from diffcam_export.methods.gradient import eigen_grad_cam, gradient_method
 from diffcam_export.methods.pooled import ablation_cam, class_activation_map, recipro_cam
 from diffcam_fast.explainer import wrong_head
-from diffcam_fast.methods import METHODS, EigenGradCAM, GradientMethod, Method
+from diffcam_fast.methods import METHODS, BroadCAM, EigenGradCAM, GradientMethod, Method, ReCAM
 from diffcam_fast.methods.ablation import AblationCAM
 from diffcam_fast.methods.activation import ClassActivationMap, EigenCAM
 from diffcam_fast.methods.decom import DecomCAM
 from diffcam_fast.methods.recipro import ReciproCAM
 from diffcam_fast.methods.score import ScoreCAM
+
+_FITTED = "its weights are fitted on labelled images, of which a graph has none"
 
 FORMS: dict[type[Method], Form | str] = {
     GradientMethod: Form(gradient_method),
@@ -24,6 +26,8 @@ FORMS: dict[type[Method], Form | str] = {
     AblationCAM: Form(ablation_cam, elsewhere="a pass of the head for each channel"),
     ScoreCAM: "it takes a pass of the whole network for each channel of the layer",
     DecomCAM: "it takes ten passes of the whole network for each class",
+    BroadCAM: _FITTED,
+    ReCAM: _FITTED,
 }
 """Of each kind of method what writes it, or the reason why a graph cannot have it."""
 
@@ -34,7 +38,7 @@ def form_of(method: Method) -> Form:
     Raises:
         ValueError: it cannot be; the message says why, and what to do.
     """
-    form = FORMS[type(method)]
+    form = FORMS.get(type(method), "it is written for PyTorch alone")
     if isinstance(form, str):
         can = ", ".join(name for name, m in METHODS.items() if isinstance(FORMS[type(m)], Form))
         raise ValueError(
