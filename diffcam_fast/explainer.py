@@ -288,8 +288,19 @@ def check_head(method: Method, founds: Sequence[Inspection]) -> None:
         return
     other = next((found for found in founds if not found.closed_form), None)
     if other is not None:
-        raise ValueError(
-            f"{method.name} is defined for a pooled linear head only; behind layer "
-            f"{other.layer!r} there is {other.head}: {other.reason}. grad_cam is the same there, "
-            "and defined everywhere"
-        )
+        raise wrong_head(method, other.layer, other.head, other.reason)
+
+
+def wrong_head(method: Method, layer: str, head: str, reason: str) -> ValueError:
+    """The error for a method that is not defined for the head behind a layer.
+
+    Args:
+        method: the method.
+        layer: name of the layer.
+        head: the operators behind it, in one line.
+        reason: why that is no pooled linear head.
+    """
+    return ValueError(
+        f"{method.name} is defined for a pooled linear head only; behind layer {layer!r} there is "
+        f"{head}: {reason}. grad_cam is the same there, and defined everywhere"
+    )

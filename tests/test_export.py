@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from diffcam_export import OnnxExplainer, cam, export_onnx, reductions
+from diffcam_export import OnnxExplainer, export_onnx, reductions
 from diffcam_export.export import VerificationError
 from diffcam_export.gradients import MissingRuleError
 from diffcam_fast import Contrast, Explainer
@@ -261,8 +261,8 @@ def test_a_file_is_compared_with_its_model(tmp_path: Path, monkeypatch: pytest.M
     done = export_onnx(model, out, example_inputs=images())
     assert done.report is not None
     assert {"checker", "own outputs", "map of 4"} <= {c.name for c in done.report.checks}
-    wrong = {"grad_cam": reductions.REDUCTIONS["layer_cam"]}
-    monkeypatch.setattr(cam, "REDUCTIONS", wrong)
+    wrong = reductions.REDUCTIONS["layer_cam"]
+    monkeypatch.setitem(reductions.REDUCTIONS, "grad_cam", wrong)
     with pytest.raises(VerificationError, match=r"map of 4 +failed +relative error"):
         export_onnx(model, out, example_inputs=images())
 

@@ -125,7 +125,7 @@ def open_explained(request: "Request") -> tuple[Described, Explains]:
         labels = imagenet_labels()
     choices = (
         f"layer: {explainer.layer}, of {facts.source or 'a model without a name'}",
-        f"gradient: {', '.join(facts.heads)}, as diffcam-fast {facts.version} exported it",
+        f"maps: {', '.join(facts.heads)}, as diffcam-fast {facts.version} exported it",
     )
     device_name = str(explainer.device)
     return (

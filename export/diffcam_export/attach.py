@@ -3,10 +3,11 @@
 import numpy as np
 import onnx_ir as ir
 
-from diffcam_export.cam import CamHead, size_of
+from diffcam_export.cam import CamHead
 from diffcam_export.emit import Emitter
 from diffcam_export.function import DOMAIN, as_function
 from diffcam_export.images import image_axes
+from diffcam_export.layer import size_of
 from diffcam_export.pictures import prepared
 from diffcam_fast.images.preprocess import Preprocess
 

@@ -178,7 +178,7 @@ def _lines(done: "Exported") -> Iterator[str]:
     yield f"wrote       {done.path}"
     for layer, head, reason in zip(done.layers, done.heads, done.reasons, strict=True):
         yield f"layer       {layer}"
-        yield f"gradient    {head}"
+        yield f"way         {head}"
         yield f"why         {reason}"
     yield f"nodes       {done.nodes} of the model, {done.added_nodes} added"
     yield f"bytes       {done.added_bytes:,} added"

@@ -18,6 +18,9 @@ Targets = Literal["predicted", "input"] | int
 TARGETS_INPUT = "targets"
 """The name of the input that names classes."""
 
+COLDEST, HOTTEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+"""Temperatures beyond these are 0 and infinity to float32."""
+
 
 def chosen_classes(
     emit: Emitter, logits: ir.Value, targets: Targets, asked: ir.Value | None
@@ -54,9 +57,8 @@ def contrast_gradient(
         contrast: with weights of shape (K,) where it has some.
         checked: NaN for a class that is none: a graph cannot raise.
     """
-    k = _classes(logits)
     column = emit("Unsqueeze", classes, emit.ints(2))
-    target = emit("Equal", column, _numbered(emit, k), dtype=ir.DataType.BOOL)
+    target = emit("Equal", column, numbered(emit, logits), dtype=ir.DataType.BOOL)
     d = emit("Cast", target, dtype=ir.DataType.FLOAT, to=ir.DataType.FLOAT)
     if contrast.weights is not None:
         q = contrast.weights.float().cpu().numpy()
@@ -64,10 +66,31 @@ def contrast_gradient(
     elif contrast.temperature is not None:
         d = emit("Sub", d, _blend(emit, logits, target, contrast))
     if checked:
-        low = emit("GreaterOrEqual", column, emit.ints(0), dtype=ir.DataType.BOOL)
-        high = emit("Less", column, emit.ints(k), dtype=ir.DataType.BOOL)
-        d = emit("Where", emit("And", low, high), d, emit.like(d, math.nan), dtype=d.dtype)
+        known = known_classes(emit, column, logits)
+        d = emit("Where", known, d, emit.like(d, math.nan), dtype=d.dtype)
     return d
+
+
+def known_classes(emit: Emitter, classes: ir.Value, logits: ir.Value) -> ir.Value:
+    """Which of some numbers are classes of logits (N, K), bool."""
+    low = emit("GreaterOrEqual", classes, emit.ints(0), dtype=ir.DataType.BOOL)
+    high = emit("Less", classes, emit.ints(_classes(logits)), dtype=ir.DataType.BOOL)
+    return emit("And", low, high)
+
+
+def numbered(emit: Emitter, logits: ir.Value) -> ir.Value:
+    """All classes of logits (N, K), 0 to K - 1; as a constant they would be most of what the file
+    grows by.
+    """
+    start, end, step = (emit.constant(np.array(n, np.int64)) for n in (0, _classes(logits), 1))
+    return emit("Range", start, end, step)
+
+
+def reference_mask(emit: Emitter, logits: ir.Value, contrast: Contrast) -> ir.Value:
+    """The reference classes of a contrast that has some, (K,) bool."""
+    taken = np.zeros(_classes(logits), dtype=np.bool_)
+    taken[list(contrast.reference or ())] = True
+    return emit.constant(taken)
 
 
 def _blend(emit: Emitter, logits: ir.Value, target: ir.Value, contrast: Contrast) -> ir.Value:
@@ -78,18 +101,17 @@ def _blend(emit: Emitter, logits: ir.Value, target: ir.Value, contrast: Contrast
     # Not the constant alone: a target of NaN stays, and makes all of q NaN.
     others = emit("Where", target, emit("Min", z, least), z, dtype=z.dtype)
     if contrast.reference is not None:
-        taken = np.zeros(_classes(logits), dtype=np.bool_)
-        taken[list(contrast.reference)] = True
-        others = emit("Where", emit.constant(taken), others, emit("Min", z, least), dtype=z.dtype)
-    if contrast.temperature > np.finfo(np.float32).max:
+        taken = reference_mask(emit, logits, contrast)
+        others = emit("Where", taken, others, emit("Min", z, least), dtype=z.dtype)
+    if contrast.temperature > HOTTEST:
         within = emit("Greater", others, least, dtype=ir.DataType.BOOL)
         taken_part = emit("Cast", within, dtype=ir.DataType.FLOAT, to=ir.DataType.FLOAT)
         count = emit("ReduceSum", taken_part, emit.ints(2), keepdims=1)
-        return _broken(emit, z, emit("Div", taken_part, count))
-    if contrast.temperature < np.finfo(np.float32).tiny:
+        return with_nan_of(emit, z, emit("Div", taken_part, count))
+    if contrast.temperature < COLDEST:
         best = emit("ArgMax", others, dtype=ir.DataType.INT64, axis=2, keepdims=1)
-        first = emit("Equal", best, _numbered(emit, _classes(logits)), dtype=ir.DataType.BOOL)
-        return _broken(emit, z, emit("Cast", first, dtype=z.dtype, to=z.dtype))
+        first = emit("Equal", best, numbered(emit, logits), dtype=ir.DataType.BOOL)
+        return with_nan_of(emit, z, emit("Cast", first, dtype=z.dtype, to=z.dtype))
     if contrast.temperature != 1:
         # The maximum goes first: z / T overflows for a small T.
         others = emit("Sub", others, emit("ReduceMax", others, emit.ints(2), keepdims=1))
@@ -104,14 +126,10 @@ def _classes(logits: ir.Value) -> int:
     return k
 
 
-def _numbered(emit: Emitter, k: int) -> ir.Value:
-    """All classes, 0 to k - 1; as a constant they would be most of what the file grows by."""
-    start, end, step = (emit.constant(np.array(n, dtype=np.int64)) for n in (0, k, 1))
-    return emit("Range", start, end, step)
-
-
-def _broken(emit: Emitter, z: ir.Value, q: ir.Value) -> ir.Value:
-    """q, and NaN for every image with a logit of NaN; a softmax does so by itself."""
+def with_nan_of(emit: Emitter, z: ir.Value, q: ir.Value) -> ir.Value:
+    """q (N, _, _), and NaN for every image with a logit of NaN in z (N, 1, K); a softmax does so
+    by itself.
+    """
     nan = emit("IsNaN", z, dtype=ir.DataType.BOOL)
     number = emit("Cast", nan, dtype=ir.DataType.FLOAT, to=ir.DataType.FLOAT)
     some = emit("ReduceMax", number, emit.ints(2), keepdims=1)

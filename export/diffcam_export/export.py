@@ -16,6 +16,7 @@ from diffcam_export.cam import CamOptions, cam_head
 from diffcam_export.classifier import Classifier, Layers, from_onnx, from_pytorch
 from diffcam_export.facts import Facts
 from diffcam_export.function import DOMAIN
+from diffcam_export.methods import form_of
 from diffcam_export.options import cam_options
 from diffcam_export.pictures import HeatmapType
 from diffcam_export.plain import count_nodes
@@ -41,7 +42,7 @@ class Exported:
     Attributes:
         path: the file.
         layers: the names of the target layers.
-        heads: `closed form` or `backward of the head` for each.
+        heads: `closed form`, `backward of the head` or `principal component` for each.
         reasons: why, for each.
         nodes: of the plain model, constants not counted.
         added_nodes: of its CAM head, those in its function and their call; constants not counted.
@@ -100,10 +101,11 @@ def export_onnx(
             the model tells, or of a usual one. Not for an ONNX file.
         layer: a module or its dotted name, or several; for an ONNX file the name of a tensor.
             None: the last spatial activation before the classifier.
-        method: as in `Explainer`.
+        method: as in `Explainer`; a graph has no passes over masked images, and those over masked
+            activations only where the head has a closed form.
         contrast: as in `Explainer`.
         temperature: as in `Explainer`.
-        relu: clip negative cells of the maps to 0.
+        relu: clip negative cells of the maps to 0; those of `recipro_cam` never are.
         targets: `predicted`, or `input`: the file takes classes as a further input `targets`,
             int64 (n, T) with n = N or 1, where -1 stands for the prediction; it may be left out.
         topk: explain the k classes of the largest logits instead.
@@ -213,10 +215,8 @@ def write_explained(
     model = classifier.model
     nodes, plain_bytes = count_nodes(model), _graph_bytes(model)
     head = cam_head(classifier.founds, classifier.images, options, prefix=DOMAIN)
-    heads = tuple(
-        "closed form" if found.weight is not None else "backward of the head"
-        for found in classifier.founds
-    )
+    form = form_of(options.method)
+    heads, reasons = zip(*(form.way(found) for found in classifier.founds), strict=True)
     facts = _facts(classifier, options, heads, baked=bake_preprocess)
     attach(model, head, inline=inline)
     added_nodes = count_nodes(model) - nodes
@@ -233,7 +233,7 @@ def write_explained(
         path=out,
         layers=classifier.layers,
         heads=heads,
-        reasons=tuple(found.reason for found in classifier.founds),
+        reasons=reasons,
         nodes=nodes,
         added_nodes=added_nodes,
         added_bytes=added_bytes,

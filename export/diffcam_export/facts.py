@@ -25,7 +25,7 @@ class Facts:
         contrast: what the target class is held against.
         contrast_name: as a Python `Explainer` names it.
         relu: negative cells are clipped.
-        heads: `closed form` or `backward of the head`, one for each layer.
+        heads: `closed form`, `backward of the head` or `principal component`, one for each layer.
         input: name of the images.
         output: name of the model's own output with logits or probabilities.
         probabilities: that output is the result of a softmax.

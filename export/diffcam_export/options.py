@@ -3,10 +3,10 @@
 from typing import Literal
 
 from diffcam_export.cam import CamOptions
+from diffcam_export.methods import form_of
 from diffcam_export.pictures import HeatmapType
 from diffcam_fast.contrast import Contrast
 from diffcam_fast.explainer import method_and_contrast
-from diffcam_fast.methods import METHODS, EigenGradCAM, GradientMethod
 
 
 def cam_options(
@@ -22,7 +22,8 @@ def cam_options(
     """The options of `diffcam_export.export_onnx` that say what is computed.
 
     Raises:
-        ValueError: one that is not known, or two that exclude each other.
+        ValueError: one that is not known, a method that a graph cannot have, or two that exclude
+            each other.
         TypeError: a `topk` that is no whole number.
     """
     if targets not in ("predicted", "input"):
@@ -34,11 +35,7 @@ def cam_options(
     if heatmap not in (None, "float32", "uint8"):
         raise ValueError(f"heatmap must be None, 'float32' or 'uint8', got {heatmap!r}")
     found, parsed = method_and_contrast(method, contrast, temperature)
-    if not isinstance(found, GradientMethod) or isinstance(found, EigenGradCAM):
-        raise ValueError(
-            f"{method} cannot be written into a graph; there are "
-            f"{', '.join(name for name, m in METHODS.items() if type(m) is GradientMethod)}"
-        )
+    form = form_of(found)
     if parsed.weights is not None and parsed.weights.ndim != 1:
         raise ValueError(
             "the weights of a contrast must be (K,) in a file, the same for every image; got "
@@ -47,7 +44,7 @@ def cam_options(
     return CamOptions(
         found,
         parsed,
-        relu=relu,
+        relu=relu and form.clipped,
         targets="input" if targets == "input" else topk or "predicted",
         heatmap=heatmap,
     )

@@ -43,14 +43,14 @@ def _grad_cam_pp(emit: Emitter, a: ir.Value, g: ir.Value) -> ir.Value:
     )
     alpha = emit("Where", left_out, zero, emit("Reciprocal", below), dtype=g.dtype)
     total = _total(emit, alpha)
-    w = emit("Div", _total(emit, emit("Mul", alpha, g)), _not_zero(emit, total))
+    w = emit("Div", _total(emit, emit("Mul", alpha, g)), not_zero(emit, total))
     return weighted(emit, _row(emit, w), a)
 
 
 def _xgrad_cam(emit: Emitter, a: ir.Value, g: ir.Value) -> ir.Value:
     total = _total(emit, a)
     dead = emit("Equal", total, emit.like(a, 0), dtype=ir.DataType.BOOL)
-    ratio = emit("Div", _total(emit, emit("Mul", g, a)), _not_zero(emit, total))
+    ratio = emit("Div", _total(emit, emit("Mul", g, a)), not_zero(emit, total))
     w = emit("Where", dead, emit.like(a, 0), ratio, dtype=a.dtype)
     return weighted(emit, _row(emit, w), a)
 
@@ -63,7 +63,7 @@ def _hires_cam(emit: Emitter, a: ir.Value, g: ir.Value) -> ir.Value:
     return emit("ReduceSum", emit("Mul", g, a), emit.ints(1), keepdims=1)
 
 
-def _not_zero(emit: Emitter, x: ir.Value) -> ir.Value:
+def not_zero(emit: Emitter, x: ir.Value) -> ir.Value:
     """x, and 1 where it is 0."""
     zero = emit("Equal", x, emit.like(x, 0), dtype=ir.DataType.BOOL)
     return emit("Where", zero, emit.like(x, 1), x, dtype=x.dtype)

@@ -12,6 +12,7 @@ from diffcam_export.classifier import Classifier
 from diffcam_export.contrast import TARGETS_INPUT
 from diffcam_export.flow import subgraphs
 from diffcam_export.function import DOMAIN
+from diffcam_export.methods import check_heads
 from diffcam_export.plain import PREFIX
 from diffcam_fast.contrast import Contrast
 
@@ -25,6 +26,7 @@ def check_classifier(classifier: Classifier, options: CamOptions, *, bake_prepro
     Raises:
         ValueError: the reason, and what to do.
     """
+    check_heads(options.method, classifier.founds, classifier.layers)
     _check_names(classifier, options)
     _check_size(classifier)
     if bake_preprocess and classifier.preprocess is None:
