@@ -57,8 +57,8 @@ class Comparison:
                 "head": self.head,
                 "batch_size": self.batch_size,
                 "size": f"{self.size[0]} x {self.size[1]}",
-                **{key: _rounded(value) for key, value in asdict(timing).items()},
-                "difference": _rounded(self.differences.get(timing.name, "")),
+                **{key: rounded(value) for key, value in asdict(timing).items()},
+                "difference": rounded(self.differences.get(timing.name, "")),
                 **self.source,
             }
             for timing in self.timings
@@ -100,7 +100,7 @@ def compare(
     size = size_of(model, network)
     images = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(1))
     ours = Explainer(copy.deepcopy(network), method="grad_cam", example_inputs=images)
-    targets = _predicted(network, images)
+    targets = predicted(network, images)
     peers = {
         "pytorch-grad-cam": _pytorch_grad_cam(copy.deepcopy(network), ours.layer),
         "torch-cam": _torch_cam(copy.deepcopy(network), ours.layer),
@@ -136,7 +136,8 @@ def compare(
 Peer = Callable[[Tensor, list[int]], Tensor]
 
 
-def _predicted(network: nn.Module, images: Tensor) -> list[int]:
+def predicted(network: nn.Module, images: Tensor) -> list[int]:
+    """The class of the largest logit of each image."""
     with torch.inference_mode():
         return [int(c) for c in network(images).argmax(dim=1)]
 
@@ -149,7 +150,7 @@ def _check_parity(
     if heatmaps.amax() == 0:
         raise ParityError("all maps are constant; they would agree whatever was computed")
     # pytorch-grad-cam normalises once more after the interpolation.
-    expected = {"pytorch-grad-cam": _min_max(heatmaps)}
+    expected = {"pytorch-grad-cam": min_max(heatmaps)}
     differences = {
         name: float((peer(images, targets) - expected.get(name, heatmaps)).abs().max())
         for name, peer in peers.items()
@@ -163,12 +164,14 @@ def _check_parity(
     return differences
 
 
-def _min_max(maps: Tensor) -> Tensor:
+def min_max(maps: Tensor) -> Tensor:
+    """Maps (N, h, w) by their minima and maxima to [0, 1]."""
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
     return (maps - low) / (high - low)
 
 
-def _upsampled(maps: Tensor, images: Tensor) -> Tensor:
+def upsampled(maps: Tensor, images: Tensor) -> Tensor:
+    """Maps (N, h, w) at the size of images (N, C, H, W)."""
     return interpolate(maps[:, None], size=images.shape[2:], mode="bilinear", align_corners=False)[
         :, 0
     ]
@@ -191,7 +194,7 @@ def _torch_cam(network: nn.Module, layer: str) -> Peer:
     def explain(images: Tensor, targets: list[int]) -> Tensor:
         scores = network(images)
         [maps] = extractor(targets, scores)
-        return _upsampled(maps, images)
+        return upsampled(maps, images)
 
     return explain
 
@@ -202,10 +205,11 @@ def _captum(network: nn.Module, layer: str) -> Peer:
 
     def explain(images: Tensor, targets: list[int]) -> Tensor:
         maps = attribution.attribute(images, target=targets, relu_attributions=True)[:, 0].detach()
-        return _upsampled(_min_max(maps), images)
+        return upsampled(min_max(maps), images)
 
     return explain
 
 
-def _rounded(value: object) -> object:
+def rounded(value: object) -> object:
+    """A number as a row has it."""
     return f"{value:.4g}" if isinstance(value, float) else value

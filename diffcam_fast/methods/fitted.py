@@ -187,6 +187,7 @@ def _multi_hot(labels: Tensor, logits: Tensor) -> Tensor:
             f"labels must be N = {n} class indices, or ({n}, {k}) with 1 for each class; got "
             f"{labels.dtype} {tuple(labels.shape)}"
         )
-    if n and not 0 <= int(labels.min()) <= int(labels.max()) < k:
-        raise ValueError(f"labels must be from 0 to {k - 1}, got {int(labels.min())} to {int(labels.max())}")
+    low, high = (int(labels.min()), int(labels.max())) if n else (0, 0)
+    if not 0 <= low <= high < k:
+        raise ValueError(f"labels must be from 0 to {k - 1}, got {low} to {high}")
     return F.one_hot(labels.long(), k).double()
