@@ -1,4 +1,4 @@
-"""The code blocks of README.md and docs/deploy.md run as they stand there, in a folder with the
+"""The code blocks of README.md and of docs/ run as they stand there, in a folder with the
 photographs of the demo and an explained ONNX file.
 
 A block that must not run says why on its fence: ```bash not-run: REASON.
@@ -64,8 +64,11 @@ def blocks_of(document: str) -> list[Block]:
 
 
 README = blocks_of("README.md")
-DEPLOY = blocks_of("docs/deploy.md")
-DOCUMENTS = [("README", block) for block in README] + [("deploy", block) for block in DEPLOY]
+DOCUMENTS = [("README", block) for block in README] + [
+    (name, block)
+    for name in ("deploy", "methods", "migrate")
+    for block in blocks_of(f"docs/{name}.md")
+]
 
 
 def make_targets(line: str) -> list[str] | None:
