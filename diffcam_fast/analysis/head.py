@@ -20,7 +20,7 @@ from diffcam_fast.split import Layers, Output, head_gradients
 _REARRANGING = frozenset(
     {
         *("view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "expand"),
-        *("permute", "transpose", "t", "select", "as_strided", "as_strided_"),
+        *("permute", "transpose", "t", "select", "slice", "as_strided", "as_strided_"),
         *("alias", "detach", "clone", "contiguous", "_to_copy"),
     }
 )
@@ -117,7 +117,8 @@ def _proven_weight(
     nodes: list[Node],
     output: Output,
 ) -> tuple[str | None, str]:
-    shape = (flow.classes, node.channels)
+    [layout] = layers.values()
+    shape = (flow.classes, node.shape[layout.channel_axis])
     names = dict.fromkeys(name for n in nodes for name in n.parameters)
     fitting = [name for name in names if _matrix_shape(tensor_named(model, name)) == shape]
     if not fitting:
