@@ -154,8 +154,9 @@ def _why_none(flow: Trace, why_not: str) -> str:
             "cell that all of the data passes through"
         )
     where = " ".join(filter(None, ["the network ends in tokens,", tokens.module]))
-    why_not = why_not or "none of which is a layer that fits"
-    return reason_for_tokens(where, tokens.shape, why_not)
+    if why_not:
+        return reason_for_tokens(where, tokens.shape, why_not)
+    return f"{where} {tokens.shape}, and no layer near the logits has all of the data"
 
 
 def _mixes_channels(node: Node) -> bool:

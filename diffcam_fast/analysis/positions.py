@@ -48,7 +48,11 @@ _REARRANGING = frozenset(
         *("pixel_unshuffle", "channel_shuffle", "split_copy", "unbind_copy", "masked_select"),
     }
 )
-_ALONG_THE_FIRST = ("_norm", "softmax", "transformer_encoder_layer_fwd", "native_dropout")
+# Pointwise ones, too, that PyTorch does not call so.
+_LIKE_THE_FIRST = (
+    *("_norm", "softmax", "transformer_encoder_layer_fwd", "native_dropout", "masked_fill"),
+    *("hardswish", "mish", "prelu", "log_sigmoid"),
+)
 _BY_QUERY = ("scaled_dot_product", "native_multi_head_attention")
 _PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "linear": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 _REDUCING = frozenset({"mean", "sum", "amax", "amin", "max", "min"})
@@ -143,7 +147,7 @@ class Positions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
             found = self._coarser(args[0], shape)
         elif bare in _REDUCING:
             found = self._reduced(args, kwargs, shape)
-        elif any(kind in name for kind in _ALONG_THE_FIRST):
+        elif any(kind in name for kind in _LIKE_THE_FIRST):
             found = self.of(args[0])
         elif torch.Tag.pointwise in func.tags:
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

@@ -144,7 +144,7 @@ def layouts_of(
     if layout is not None:
         nodes = {name: flow.node_of(name) for name in names}
         return {name: fitted(layout, node.shape) for name, node in nodes.items() if node}
-    found: dict[str, Layout | str] = {}
+    found: dict[str, Layout | str] = dict.fromkeys(names, "they are not made in every pass")
     if not names:
         return found
     images = images.clone()
