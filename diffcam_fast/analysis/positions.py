@@ -185,8 +185,12 @@ class Positions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
             return None
         if own.shape[2:] == shape[2:]:
             return _common(own, (1,)).expand(shape)
-        rows, columns = own[0, 0, :, 0].real, own[0, 0, 0, :].imag
-        if not _is(own, _grid(rows, columns, own.shape)):
+        rows, columns = _sides(own[0, 0])
+        if rows is None or columns is None:
+            return None
+        if not same_positions(
+            own, torch.where(own[0, 0].isnan(), _NOWHERE, _grid(rows, columns, own.shape))
+        ):
             return None
         made = [_resampled(p, size) for p, size in zip((rows, columns), shape[2:], strict=True)]
         return None if made[0] is None or made[1] is None else _grid(made[0], made[1], shape)
@@ -227,9 +231,32 @@ def _back(moved: Tensor) -> Tensor:
     return torch.where(moved < _AWAY / 2, torch.nan, moved) - _AWAY
 
 
-def _is(positions: Tensor, expected: Tensor) -> bool:
-    """Equal everywhere, and nowhere missing."""
-    return bool(((positions - expected).abs() <= SAME).all())
+def same_positions(positions: Tensor, expected: Tensor) -> bool:
+    """The same everywhere, and missing at the same places."""
+    there = positions.isnan() == expected.isnan()
+    apart = torch.view_as_real(positions - expected).nan_to_num(0.0).abs()
+    return bool(there.all()) and bool((apart <= SAME).all())
+
+
+def _sides(cells: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Rows and columns of cells (h, w), those of a padded margin as if the image went on there."""
+    known = ~cells.isnan()
+    rows = cells.real.nan_to_num(-torch.inf).amax(dim=1)
+    columns = cells.imag.nan_to_num(-torch.inf).amax(dim=0)
+    inside = known.any(dim=1)[:, None] & known.any(dim=0)
+    whole = bool((known == inside).all())
+    return (_continued(rows), _continued(columns)) if whole else (None, None)
+
+
+def _continued(places: Tensor) -> Tensor | None:
+    known = places.isfinite().nonzero()[:, 0]
+    if len(known) == len(places):
+        return places
+    if len(known) < 2 or int(known[-1]) - int(known[0]) + 1 != len(known):
+        return None
+    first = places[known[0]]
+    step = (places[known[-1]] - first) / (len(known) - 1)
+    return first + (torch.arange(len(places), device=places.device) - known[0]) * step
 
 
 def _common(positions: Tensor, axes: tuple[int, ...], *, loose: bool = False) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from diffcam_fast.analysis.positions import SAME, Positions
+from diffcam_fast.analysis.positions import SAME, Positions, same_positions
 from diffcam_fast.analysis.trace import Node, Trace
 from diffcam_fast.layout import Layout
 from diffcam_fast.running import evaluating
@@ -183,9 +183,7 @@ def read_grid(positions: Tensor | None) -> Layout | str:
     if positions is None or bool(positions.isnan().all()):
         return "where in the image they stand cannot be followed"
     tokens = positions[0, :, 0]
-    # NaN equals nothing; here it is a place like others.
-    same = torch.view_as_real(positions - tokens[:, None]).nan_to_num(0.0).abs() <= SAME
-    if not bool(same.all() and (positions.isnan() == tokens[:, None].isnan()).all()):
+    if not same_positions(positions, tokens[:, None].expand(positions.shape)):
         return "they do not stand at the same place of the image in all channels and images"
     placed = (~tokens.isnan()).nonzero()[:, 0]
     first, count = int(placed[0]), len(placed)
