@@ -186,11 +186,8 @@ class Positions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
         if own.shape[2:] == shape[2:]:
             return _common(own, (1,)).expand(shape)
         rows, columns = _sides(own[0, 0])
-        if rows is None or columns is None:
-            return None
-        if not same_positions(
-            own, torch.where(own[0, 0].isnan(), _NOWHERE, _grid(rows, columns, own.shape))
-        ):
+        there = torch.where(own[0, 0].isnan(), _NOWHERE, _grid(rows, columns, own.shape))
+        if not same_positions(own, there):
             return None
         made = [_resampled(p, size) for p, size in zip((rows, columns), shape[2:], strict=True)]
         return None if made[0] is None or made[1] is None else _grid(made[0], made[1], shape)
@@ -238,25 +235,10 @@ def same_positions(positions: Tensor, expected: Tensor) -> bool:
     return bool(there.all()) and bool((apart <= SAME).all())
 
 
-def _sides(cells: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Rows and columns of cells (h, w), those of a padded margin as if the image went on there."""
-    known = ~cells.isnan()
+def _sides(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions of rows and columns of cells (h, w), infinite where no cell has one."""
     rows = cells.real.nan_to_num(-torch.inf).amax(dim=1)
-    columns = cells.imag.nan_to_num(-torch.inf).amax(dim=0)
-    inside = known.any(dim=1)[:, None] & known.any(dim=0)
-    whole = bool((known == inside).all())
-    return (_continued(rows), _continued(columns)) if whole else (None, None)
-
-
-def _continued(places: Tensor) -> Tensor | None:
-    known = places.isfinite().nonzero()[:, 0]
-    if len(known) == len(places):
-        return places
-    if len(known) < 2 or int(known[-1]) - int(known[0]) + 1 != len(known):
-        return None
-    first = places[known[0]]
-    step = (places[known[-1]] - first) / (len(known) - 1)
-    return first + (torch.arange(len(places), device=places.device) - known[0]) * step
+    return rows, cells.imag.nan_to_num(-torch.inf).amax(dim=0)
 
 
 def _common(positions: Tensor, axes: tuple[int, ...], *, loose: bool = False) -> Tensor:
@@ -310,13 +292,13 @@ def _fitting(positions: Tensor | None, shape: torch.Size) -> Tensor | None:
 
 
 def _resampled(places: Tensor, size: int) -> Tensor | None:
-    """The middles of as many equal parts of what even places take up."""
-    count = len(places)
-    if count == size:
-        return places
-    if count < 2 or size == 1:
-        # One cell for all stands nowhere.
+    """The middles of as many equal parts of what even places take up, padding not counted."""
+    known = places.isfinite().nonzero()[:, 0]
+    count = len(known)
+    # One cell for all stands nowhere.
+    if count < 2 or size == 1 or int(known[-1] - known[0]) + 1 != count:
         return None
+    places = places[known]
     step = (places[-1] - places[0]) / (count - 1)
     if not bool(((places.diff() - step).abs() <= SAME).all()):
         return None
