@@ -194,20 +194,27 @@ def test_without_attention_a_cell_sees_its_patch_alone(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hiera_tiny_224", "mvitv2_tiny", "levit_128s"])
-def test_pooled_tokens_see_their_own_part_most(name: str) -> None:
-    """Hiera sorts its tokens into units, and all three pool them; the grid is in order again."""
+@pytest.mark.parametrize("name", ["hiera_tiny_224", "mvitv2_tiny"])
+def test_what_pooled_tokens_see_lies_as_they_do(name: str) -> None:
+    """Hiera sorts its tokens into units, and both pool them; the grid is in order again."""
     model, inputs = from_timm(name), torch.randn(1, 3, 224, 224, requires_grad=True)
     found = analyse(model, inputs.detach().repeat(2, 1, 1, 1))
     kept: list[Tensor] = []
     model.get_submodule(found.layer).register_forward_hook(lambda m, a, o: kept.append(o))
     model(inputs)
-    cells = found.layout.cells(kept[0])
-    h, w = cells.shape[2:]
-    for i, j in [(0, 0), (1, 2), (h - 1, w - 1), (2, 1)]:
-        (g,) = torch.autograd.grad(cells[..., i, j].square().sum(), inputs, retain_graph=True)
-        seen = g.abs().sum(dim=(0, 1)).reshape(h, 224 // h, w, 224 // w).sum(dim=(1, 3))
-        assert int(seen.argmax()) == i * w + j
+    cells = found.layout.cells(kept[0])[0].square().sum(dim=0)
+    h, w = cells.shape
+    seen = []
+    for cell in cells.flatten():
+        (g,) = torch.autograd.grad(cell, inputs, retain_graph=True)
+        part = g.abs().sum(dim=(0, 1)).reshape(h, 224 // h, w, 224 // w).sum(dim=(1, 3)).flatten()
+        seen.append(part / part.sum())
+    # More than the others see of it: attention with random weights is nearly even.
+    more = (torch.stack(seen) / torch.stack(seen).mean(dim=0) - 1).relu()
+    places = torch.cartesian_prod(torch.arange(float(h)), torch.arange(float(w)))
+    centres = more @ places / more.sum(dim=1, keepdim=True)
+    for axis in (0, 1):
+        assert torch.corrcoef(torch.stack([centres[:, axis], places[:, axis]]))[0, 1] > 0.98
 
 
 class Patches(nn.Module):
@@ -449,6 +456,23 @@ def test_half_precision(dtype: torch.dtype) -> None:
     model = from_timm(VIT, **SMALL).to(dtype)
     found = analyse(model, torch.randn(2, 3, 64, 64).to(dtype))
     assert (found.layer, found.layout) == ("blocks.2.norm1", Layout(2, (4, 4), 1))
+
+
+def test_a_saturated_softmax_hides_no_tokens() -> None:
+    model = from_timm(VIT, **SMALL)
+    with torch.no_grad():
+        model.head.bias.copy_(torch.arange(10.0) * 400)
+    found = analyse(nn.Sequential(model, nn.Softmax(1)), torch.randn(2, 3, 64, 64))
+    assert (found.layer, found.probabilities) == ("0.blocks.2.norm1", True)
+
+
+def test_another_default_dtype() -> None:
+    model, inputs = from_timm(VIT, **SMALL).double(), torch.randn(2, 3, 64, 64).double()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert analyse(model, inputs).layout == Layout(2, (4, 4), 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_the_analysis_leaves_the_model_as_it_was() -> None:

@@ -101,7 +101,8 @@ class Positions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
             if positions is None:
                 self._known.pop(key, None)
                 return
-            flat = torch.full((_elements(tensor),), _NOWHERE, device=tensor.device)
+            size, kind = (_elements(tensor),), torch.complex64
+            flat = torch.full(size, _NOWHERE, dtype=kind, device=tensor.device)
             self._known[key] = flat
         view = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         view.copy_(view.new_tensor(_NOWHERE) if positions is None else positions)
@@ -163,7 +164,8 @@ class Positions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
                     return value
                 own = self.of(value)
                 if own is None:
-                    return torch.full(value.shape, torch.nan, device=value.device)
+                    shape, kind = value.shape, torch.float32
+                    return torch.full(shape, torch.nan, dtype=kind, device=value.device)
                 return of(own) + _AWAY
 
             done = func(*tree_map(given, args), **tree_map(given, kwargs))
@@ -302,5 +304,5 @@ def _resampled(places: Tensor, size: int) -> Tensor | None:
     step = (places[-1] - places[0]) / (count - 1)
     if not bool(((places.diff() - step).abs() <= SAME).all()):
         return None
-    parts = torch.arange(size, device=places.device) + 0.5
+    parts = torch.arange(size, dtype=places.dtype, device=places.device) + 0.5
     return places[0] - step / 2 + parts * (step * count / size)

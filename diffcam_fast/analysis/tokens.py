@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from diffcam_fast.analysis.head import ends_in_softmax
 from diffcam_fast.analysis.positions import SAME, Positions, same_positions
 from diffcam_fast.analysis.trace import Node, Trace
 from diffcam_fast.layout import Layout
@@ -101,7 +102,7 @@ def find_tokens(
         if isinstance(found := layouts[name], Layout)
     ]
     why_not = next((str(f) for _, name in passed if isinstance(f := layouts[name], str)), "")
-    gradients = partial(_reach, model, images, output)
+    gradients = partial(_reach, model, images, output, ends_in_softmax(flow))
     for start in range(0, len(known), _AT_ONCE):
         piece = known[start : start + _AT_ONCE]
         reached = gradients({layer.name: layer.layout for layer in piece})
@@ -244,6 +245,7 @@ def _reach(
     model: nn.Module,
     images: Tensor,
     output: Output,
+    probabilities: bool,
     layers: Mapping[str, Layout],
     *,
     cut: TokenLayer | None = None,
@@ -270,7 +272,9 @@ def _reach(
         if cut is not None:
             stack.enter_context(tapped(model, cut.name, cut_off))
         stack.enter_context(_NoZeroWeights())
-        split = head_gradients(model, images, layers, explained, output=output)
+        split = head_gradients(
+            model, images, layers, explained, output=output, probabilities=probabilities
+        )
     shares = [
         float((gradient != 0).any(dim=(0, 1, 2)).float().mean()) for gradient in split.gradients
     ]
