@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffcam_fast.explainer import Explainer
     from diffcam_fast.explanation import Explanation
     from diffcam_fast.fusion import Augment
+    from diffcam_fast.layout import Layout
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOMES = {
     "Explainer": "diffcam_fast.explainer",
     "Explanation": "diffcam_fast.explanation",
     "Inspection": "diffcam_fast.analysis",
+    "Layout": "diffcam_fast.layout",
     "OnnxExplainer": "diffcam_export",
     "contrast_score": "diffcam_fast.contrast",
     "export_onnx": "diffcam_export",
@@ -39,6 +41,7 @@ __all__ = [
     "Explainer",
     "Explanation",
     "Inspection",
+    "Layout",
     "OnnxExplainer",
     "contrast_score",
     "export_onnx",

@@ -34,7 +34,8 @@ class Explainer:
             half precision, on any device, or wrapped by `torch.compile` or `DataParallel`, whose
             inner module runs then.
         layer: the target layer, a module of the model or its dotted name; None: the last spatial
-            activation before the classifier. Of several layers the maps are fused.
+            activation before the classifier, or in a network of tokens the last ones whose whole
+            grid the logits are computed from. Of several layers the maps are fused.
         method: a name in `diffcam_fast.methods.METHODS`, which docs/methods.md describes, or a
             `Method` of your own.
         contrast: `mean`, `log_odds`, `runner_up`, `none`, or a `Contrast`; None: what the method

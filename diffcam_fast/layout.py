@@ -33,6 +33,11 @@ class Layout:
                 "a layer has its channels in axis 1 or 3 of four, or in axis 2 of tokens with a "
                 f"grid; got axis {self.channel_axis} and the grid {self.grid}"
             )
+        if self.first < 0 or min(self.grid or (1,)) < 1 or (self.first and self.grid is None):
+            raise ValueError(
+                "a layout takes a grid (h, w) of at least one token and first >= 0 tokens before "
+                f"it; got the grid {self.grid} and first {self.first}"
+            )
 
     @property
     def ndim(self) -> int:

@@ -20,7 +20,7 @@ from diffcam_fast.split import Layers, Output, head_gradients
 _REARRANGING = frozenset(
     {
         *("view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "expand"),
-        *("permute", "transpose", "t", "select", "as_strided", "as_strided_"),
+        *("permute", "transpose", "t", "select", "slice", "as_strided", "as_strided_"),
         *("alias", "detach", "clone", "contiguous", "_to_copy"),
     }
 )
@@ -63,7 +63,7 @@ def read_head(
     """Decides between the closed form and the vjp, with the reason in words."""
     nodes = flow.head_of(node.index)
     operators = " -> ".join(_name(n) for n in nodes if n.operator not in _REARRANGING) or "nothing"
-    probabilities = _ends_in_softmax(flow)
+    probabilities = ends_in_softmax(flow)
     obstacle = _obstacle(nodes, node, flow.classes) or _overwritten(flow, node)
     if obstacle is None:
         with torch.autocast(images.device.type, enabled=False):
@@ -76,7 +76,8 @@ def read_head(
     return Head(operators, f"backward through the head: {obstacle}", None, probabilities)
 
 
-def _ends_in_softmax(flow: Trace) -> bool:
+def ends_in_softmax(flow: Trace) -> bool:
+    """Whether the model returns probabilities."""
     node = flow.nodes[flow.logits]
     while node.operator in _REARRANGING and node.parents[-1] >= 0:
         node = flow.nodes[node.parents[-1]]
@@ -117,7 +118,8 @@ def _proven_weight(
     nodes: list[Node],
     output: Output,
 ) -> tuple[str | None, str]:
-    shape = (flow.classes, node.channels)
+    [layout] = layers.values()
+    shape = (flow.classes, node.shape[layout.channel_axis])
     names = dict.fromkeys(name for n in nodes for name in n.parameters)
     fitting = [name for name in names if _matrix_shape(tensor_named(model, name)) == shape]
     if not fitting:

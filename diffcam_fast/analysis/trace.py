@@ -86,6 +86,13 @@ class Trace:
             (self.nodes[i] for i, names in self.returned_by.items() if module in names), None
         )
 
+    def name_of(self, node: Node) -> str | None:
+        """The outermost of the modules that return this value and run once, the first of its
+        equals.
+        """
+        once = [name for name in self.returned_by.get(node.index, ()) if self.calls[name] == 1]
+        return min(once, key=lambda name: name.count("."), default=None)
+
     def head_of(self, index: int) -> list[Node]:
         """The nodes between a value and the logits, in order."""
         after = {index}

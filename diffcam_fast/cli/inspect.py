@@ -82,6 +82,8 @@ def _of_pytorch(model: str | None, layer: str | None, size: str | None) -> tuple
 
 def _lines(found: "Inspection") -> Iterator[str]:
     yield f"layer       {found.layer}  {_shape(found.shape)}"
+    if found.layout.grid is not None:
+        yield f"tokens      {found.layout.first} before a grid of {_shape(found.layout.grid)}"
     yield f"head        {shortened(found.head)}"
     yield f"gradient    {'closed form' if found.closed_form else 'backward of the head'}"
     yield f"why         {found.reason}"

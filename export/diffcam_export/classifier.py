@@ -92,7 +92,7 @@ def from_pytorch(
     """Exports and analyses a PyTorch model; see `diffcam_export.export_onnx` for the arguments.
 
     Raises:
-        ValueError: it cannot be loaded, analysed or exported.
+        ValueError: it cannot be loaded, analysed or exported, or the layer returns tokens.
     """
     given = _given(model)
     module = unwrap(given.model)
@@ -107,6 +107,7 @@ def from_pytorch(
     ]
     names = tuple(found.layer for found in inspections)
     _check_once(names)
+    _check_spatial(inspections)
     images = _examples(module, example_inputs, inspections[0])
     exported = module
     if dtype is not None and _DTYPES[dtype] != images.dtype:
@@ -210,6 +211,15 @@ def _as_list(layers: Layers) -> list[str | nn.Module | None]:
     if not layers:
         raise ValueError(f"layer names no layer, got {layers!r}; None takes the last spatial one")
     return list(layers)
+
+
+def _check_spatial(inspections: Sequence[Inspection]) -> None:
+    tokens = next((found for found in inspections if found.layout.grid is not None), None)
+    if tokens is not None:
+        raise ValueError(
+            f"layer {tokens.layer!r} returns tokens, and an exported file explains spatial layers"
+            " alone; name a spatial one as layer, or use Explainer, which explains tokens"
+        )
 
 
 def _check_once(names: Sequence[str]) -> None:
