@@ -1,7 +1,8 @@
-"""`diffcam bench cams`: its options, and what it prints."""
+"""`diffcam bench cams` and `peer-suites`: their options, and what they print."""
 
 import json as json_module
 import os
+from pathlib import Path
 
 import click
 
@@ -84,3 +85,45 @@ def _keep(new: list[dict[str, object]]) -> None:
     old = read_rows(path) if path.exists() else []
     kept = [row for row in old if tuple(row[key] for key in same) not in replaced]
     write_rows(path, [*kept, *new])
+
+
+_CHECKOUT = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@click.command("peer-suites")
+@click.option("--pytorch-grad-cam", type=_CHECKOUT, help="A checkout of it.")
+@click.option("--torch-cam", type=_CHECKOUT, help="A checkout of it.")
+@click.option("--captum", type=_CHECKOUT, help="A checkout of it.")
+@click.option("--write", is_flag=True, help="Keep the rows in benchmarks/results/peer_suites.csv.")
+def peer_suites(
+    pytorch_grad_cam: Path | None, torch_cam: Path | None, captum: Path | None, write: bool
+) -> None:
+    """The tests of other libraries, run against the compat layer in their own checkouts.
+
+    A test passes, fails, or asks for a class that is not offered here.
+    """
+    from diffcam_bench.peer_suites import run_suite
+
+    given = {"pytorch-grad-cam": pytorch_grad_cam, "torch-cam": torch_cam, "captum": captum}
+    checkouts = {name: path for name, path in given.items() if path is not None}
+    if not checkouts:
+        raise click.UsageError("give the checkout of one library at least")
+    found = []
+    for name, checkout in checkouts.items():
+        try:
+            found += run_suite(name, checkout)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+    for outcome in found:
+        click.echo(
+            f"{outcome.library} {outcome.file}: {outcome.passed} passed, {outcome.failed} failed, "
+            f"{outcome.not_offered} ask for what is not offered, {outcome.skipped} skipped"
+        )
+        for failure in outcome.failures:
+            click.echo(f"  {failure}")
+    if write:
+        path = results_folder() / "peer_suites.csv"
+        ran = {outcome.library for outcome in found}
+        old = read_rows(path) if path.exists() else []
+        kept = [row for row in old if row["library"] not in ran]
+        write_rows(path, [*kept, *(outcome.row() for outcome in found)])

@@ -25,6 +25,8 @@ class LayerGradCam:
         torch.Size([2, 1, 6, 6])
     """
 
+    multiplies_by_inputs = False
+
     def __init__(self, forward_func: nn.Module, layer: Layer, *, method: str = "grad_cam") -> None:
         if not isinstance(forward_func, nn.Module):
             raise TypeError(
@@ -39,16 +41,35 @@ class LayerGradCam:
         self,
         inputs: Tensor,
         target: int | Tensor | Sequence[int] | None = None,
-        *,
+        additional_forward_args: object = None,
+        attribute_to_layer_input: bool = False,
         relu_attributions: bool = False,
+        attr_dim_summation: bool = True,
+        grad_kwargs: object = None,
     ) -> Tensor:
         """Maps (N, 1, h, w), signed unless `relu_attributions`, unnormalised.
 
         Args:
             inputs: (N, C, H, W).
             target: a class, or one an image; None: the predicted class, where Captum would fail.
+            additional_forward_args: not taken.
+            attribute_to_layer_input: not taken: name the layer before.
             relu_attributions: clip negative cells to 0.
+            attr_dim_summation: always.
+            grad_kwargs: not taken.
+
+        Raises:
+            ValueError: something that is not taken.
         """
+        asked = {
+            "additional_forward_args": additional_forward_args is not None,
+            "attribute_to_layer_input": attribute_to_layer_input,
+            "attr_dim_summation=False": not attr_dim_summation,
+            "grad_kwargs": grad_kwargs is not None,
+        }
+        if any(asked.values()):
+            refused = ", ".join(name for name, given in asked.items() if given)
+            raise ValueError(f"{refused}: not taken here; see docs/migrate.md")
         shape = tuple(inputs.shape[1:])
         if shape not in self._explainers:
             self._explainers[shape] = Explainer(

@@ -1,6 +1,7 @@
 """The classes of pytorch-grad-cam: the same constructor, call and output, over this engine."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from diffcam_fast.compat.targets import ClassifierOutputTarget
 from diffcam_fast.explainer import Explainer
-from diffcam_fast.explanation import Explanation
 from diffcam_fast.inspections import Layer
 from diffcam_fast.layout import Layout
+from diffcam_fast.methods import METHODS
 from diffcam_fast.refine import stage_activations
 from diffcam_fast.running import pick_logits, unwrap
 from diffcam_fast.targets import Targets
@@ -93,31 +94,27 @@ class BaseCAM:
             targets: one callable an image, from its output to a number; or classes, as `Explainer`
                 takes them; None: the predicted class.
             aug_smooth: average over mirrored and darker and brighter images, six in all.
-            eigen_smooth: not offered.
+            eigen_smooth: the first principal component of what the channels add to a map, in place
+                of their sum.
 
         Returns:
             (N, H, W) float32 in [0, 1], in host memory.
 
         Raises:
-            ValueError: targets that do not fit, more or fewer than images among them; eigen_smooth.
+            ValueError: targets that do not fit, more or fewer than images among them.
         """
-        if eigen_smooth:
-            raise ValueError(
-                "eigen_smooth is not offered: EigenGradCAM is the principal component of the "
-                "gradients times the activations"
-            )
         if not aug_smooth:
-            return self._heatmaps(input_tensor, targets).cpu().numpy()
+            return self._heatmaps(input_tensor, targets, eigen_smooth).cpu().numpy()
         views = [(view, flip) for flip in (False, True) for view in _FACTORS]
         each = []
         for factor, flip in views:
             view = input_tensor.flip(3) if flip else input_tensor
-            heatmaps = self._heatmaps(view * factor, targets)
+            heatmaps = self._heatmaps(view * factor, targets, eigen_smooth)
             each.append(heatmaps.flip(2) if flip else heatmaps)
         return torch.stack(each).mean(dim=0).cpu().numpy()
 
-    def _heatmaps(self, images: Tensor, targets: Targets) -> Tensor:
-        result = self._explain(images, targets)
+    def _heatmaps(self, images: Tensor, targets: Targets, eigen_smooth: bool) -> Tensor:
+        result = self._explainer(images, eigen_smooth)(images, _targets(targets, len(images)))
         self.outputs = result.logits
         size = (images.shape[2], images.shape[3])
         each = []
@@ -128,20 +125,18 @@ class BaseCAM:
             each.append(F.interpolate(scaled[:, None], size, mode="bilinear")[:, 0])
         return _unit(torch.stack(each).mean(dim=0))
 
-    def _explain(self, images: Tensor, targets: Targets) -> Explanation:
-        given = _targets(targets, len(images))
-        explainer = self._explainers.get(tuple(images.shape[1:]))
-        if explainer is None:
-            explainer = Explainer(
+    def _explainer(self, images: Tensor, eigen_smooth: bool) -> Explainer:
+        key = (*images.shape[1:], eigen_smooth)
+        if key not in self._explainers:
+            self._explainers[key] = Explainer(
                 self.model,
                 layer=self.target_layers,
-                method=self.method,
+                method=replace(METHODS[self.method], eigen_smooth=eigen_smooth),
                 output=_logits,
                 layout=self._layout(images[:1]),
                 example_inputs=images[:1],
             )
-            self._explainers[tuple(images.shape[1:])] = explainer
-        return explainer(images, given)
+        return self._explainers[key]
 
     def _layout(self, image: Tensor) -> Layout | None:
         if self.reshape_transform is None:

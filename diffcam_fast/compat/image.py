@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.colors import Colormap
 from PIL import Image
 from torch import Tensor
 
@@ -58,14 +59,17 @@ def preprocess_image(
 
 
 def overlay_mask(
-    img: Image.Image, mask: Image.Image, colormap: str = "jet", alpha: float = 0.7
+    img: Image.Image,
+    mask: Image.Image,
+    colormap: str | Colormap = "jet",
+    alpha: float = 0.7,
 ) -> Image.Image:
     """A heatmap blended over a picture, as torch-cam does: resized bicubically and squared first.
 
     Args:
-        img: the picture.
+        img: the picture, grey or RGB.
         mask: heatmap in [0, 1], of mode F.
-        colormap: name of a matplotlib colour map.
+        colormap: a matplotlib colour map, or its name.
         alpha: the weight of the picture, in [0, 1).
 
     Raises:
@@ -74,11 +78,16 @@ def overlay_mask(
     """
     if not isinstance(img, Image.Image) or not isinstance(mask, Image.Image):
         raise TypeError(
-            f"img and mask must be PIL images, got {type(img).__name__} and {type(mask).__name__}"
+            "img and mask arguments need to be PIL.Image, got "
+            f"{type(img).__name__} and {type(mask).__name__}"
         )
     if not isinstance(alpha, float) or not 0 <= alpha < 1:
-        raise ValueError(f"alpha must be a float in [0, 1), got {alpha}")
+        raise ValueError(
+            f"alpha argument is expected to be of type float between 0 and 1, got {alpha!r}"
+        )
+    if len(img.getbands()) not in (1, 3):
+        raise ValueError(f"img argument needs to be a grayscale or RGB image, got {img.mode}")
     resized = np.asarray(mask.resize(img.size, resample=Image.Resampling.BICUBIC))
-    colours = (255 * matplotlib.colormaps[colormap](resized**2)[:, :, :3]).astype(np.uint8)
+    colours = matplotlib.colormaps.get_cmap(colormap)(resized**2, bytes=True)[:, :, :3]
     blended = alpha * np.asarray(img.convert("RGB")) + (1 - alpha) * colours
     return Image.fromarray(blended.astype(np.uint8))

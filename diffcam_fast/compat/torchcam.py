@@ -52,6 +52,8 @@ class _Extractor:
         input_shape: tuple[int, ...] = (3, 224, 224),
         enable_hooks: bool = True,
     ) -> None:
+        for layer in target_layer if isinstance(target_layer, list) else [target_layer]:
+            _check_layer(model, layer)
         self.model = model
         self._layer = target_layer
         self._images: Tensor | None = None
@@ -153,10 +155,29 @@ class _Extractor:
     def fuse_cams(cams: Sequence[Tensor], target_shape: tuple[int, int] | None = None) -> Tensor:
         """The largest of the maps (N, h, w) of several layers, at the size of the largest or at
         `target_shape`.
+
+        Raises:
+            TypeError: no list.
+            ValueError: an empty one.
         """
+        if not isinstance(cams, list | tuple):
+            raise TypeError(f"cams must be a list of maps, got {type(cams).__name__}")
+        if not cams:
+            raise ValueError("cams must hold the maps of one layer at least")
+        if len(cams) == 1 and target_shape is None:
+            return cams[0]
         size = target_shape or tuple(max(cam.shape[i] for cam in cams) for i in (1, 2))
         resized = [F.interpolate(cam[:, None], size, mode="bilinear")[:, 0] for cam in cams]
         return torch.stack(resized).amax(dim=0)
+
+
+def _check_layer(model: nn.Module, layer: Layer | None) -> None:
+    known = dict(unwrap(model).named_modules())
+    if layer is not None and not isinstance(layer, str | nn.Module):
+        raise TypeError(f"target_layer must be a module or a name, got {type(layer).__name__}")
+    inside = layer is None or layer in known or any(layer is m for m in known.values())
+    if not inside:
+        raise ValueError(f"the model has no layer {layer!r}")
 
 
 def _unit(maps: Tensor) -> Tensor:
@@ -165,10 +186,31 @@ def _unit(maps: Tensor) -> Tensor:
 
 
 class CAM(_Extractor):
-    """Class activation maps (arXiv 1512.04150), of pooled linear heads; no ReLU."""
+    """Class activation maps (arXiv 1512.04150), of pooled linear heads; no ReLU.
+
+    Args:
+        model: an image classifier.
+        target_layer: one module or name; None: found by running.
+        fc_layer: not needed, the classifier's weights are found; checked to be a module or a name.
+        input_shape: not needed.
+        enable_hooks: remember the next forward passes.
+    """
 
     method = "cam"
     relu = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: Layer | Sequence[Layer] | None = None,
+        fc_layer: Layer | None = None,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        enable_hooks: bool = True,
+    ) -> None:
+        _check_layer(model, fc_layer)
+        if isinstance(target_layer, list) and len(target_layer) > 1:
+            raise ValueError("CAM takes one target layer")
+        super().__init__(model, target_layer, input_shape, enable_hooks)
 
 
 class GradCAM(_Extractor):
@@ -202,6 +244,24 @@ class LayerCAM(_Extractor):
 
 
 class ScoreCAM(_Extractor):
-    """Score-CAM (arXiv 1910.01279), masked as by pytorch-grad-cam."""
+    """Score-CAM (arXiv 1910.01279), masked as by pytorch-grad-cam.
+
+    Args:
+        model: an image classifier.
+        target_layer: a module or name, or a list of them; None: found by running.
+        batch_size: not needed: passes are bounded by memory.
+        input_shape: not needed.
+        enable_hooks: remember the next forward passes.
+    """
 
     method = "score_cam"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: Layer | Sequence[Layer] | None = None,
+        batch_size: int = 32,
+        input_shape: tuple[int, ...] = (3, 224, 224),
+        enable_hooks: bool = True,
+    ) -> None:
+        super().__init__(model, target_layer, input_shape, enable_hooks)

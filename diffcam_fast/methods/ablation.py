@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffcam_fast.methods.base import Method
+from diffcam_fast.methods.base import Method, weighted
 from diffcam_fast.methods.masked import head_values
 from diffcam_fast.network import Call, Maps, plain_float32
 from diffcam_fast.passes import in_pieces
 from diffcam_fast.targets import ClassTarget
-from diffcam_kernels import ops
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class AblationCAM(Method):
             lost[alive] = whole[pairs[:, 0]] - scores
             how = f"{c} passes of the head an image"
         with plain_float32(activations):
-            maps = ops.pooled_cam(activations, lost.mT.contiguous(), call.relu)
+            maps = weighted(activations, lost.mT, relu=call.relu, eigen_smooth=self.eigen_smooth)
         return Maps(split.logits, target, (maps,), how, (activations,))
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffcam_fast.methods.base import Method, rectified
+from diffcam_fast.methods.base import Method, principal
 from diffcam_fast.network import Call, Maps, plain_float32
 from diffcam_fast.split import Split
 from diffcam_fast.targets import ClassTarget, Target, resolve_targets
@@ -29,8 +29,10 @@ class GradientMethod(Method):
 
     def maps(self, call: Call) -> Maps:
         """As `Method.maps`."""
-        weight = call.network.head_weight() if call.asked.function is None else None
-        return self.maps_of_layers(call) if weight is None else self._closed_form(call, weight)
+        weight = call.network.head_weight()
+        if weight is None or self.eigen_smooth or call.asked.function is not None:
+            return self.maps_of_layers(call)
+        return self._closed_form(call, weight)
 
     def _closed_form(self, call: Call, weight: Tensor) -> Maps:
         split = call.network.forward(call.images)
@@ -62,6 +64,14 @@ class GradientMethod(Method):
 
     def reduced(self, activations: Tensor, gradients: Tensor, relu: bool) -> Tensor:
         """The map (N, T, h, w) of A (N, C, h, w) and G (N, T, C, h, w)."""
+        if self.eigen_smooth:
+            n, t, c, h, w = gradients.shape
+            # What a channel adds to the map is the map of that channel alone.
+            alone = gradients.transpose(1, 2).reshape(n * c, t, 1, h, w)
+            each = ops.gradient_cam(
+                activations.reshape(n * c, 1, h, w), alone, self.reduction, False
+            )
+            return principal(each.view(n, c, t, h, w).transpose(1, 2), relu)
         maps: Tensor = ops.gradient_cam(activations, gradients, self.reduction, relu)
         return maps
 
@@ -77,10 +87,7 @@ class EigenGradCAM(GradientMethod):
 
     def reduced(self, activations: Tensor, gradients: Tensor, relu: bool) -> Tensor:
         """As `GradientMethod.reduced`."""
-        n, t, *shape = gradients.shape
-        products = (gradients * activations[:, None]).reshape(n * t, *shape)
-        maps = ops.eigen_cam(products, True).view(n, t, *shape[1:])
-        return rectified(maps, relu)
+        return principal(gradients * activations[:, None], relu)
 
 
 def differentiate(call: Call) -> tuple[Split, Target]:

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffcam_fast.methods.base import Method
+from diffcam_fast.methods.base import Method, weighted
 from diffcam_fast.network import Call, Maps, plain_float32
 from diffcam_fast.passes import ImagePasses, bar, in_pieces, row_bytes
-from diffcam_kernels import ops
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class ScoreCAM(Method):
                 shown.update(len(rows))
         with plain_float32(activations):
             weights = torch.where(constant.all(dim=1)[:, None, None], 0.0, scores.softmax(dim=1))
-            maps = ops.pooled_cam(activations, weights.mT.contiguous(), call.relu)
+            maps = weighted(activations, weights.mT, relu=call.relu, eigen_smooth=self.eigen_smooth)
         how = f"{len(pairs)} passes for {n} images"
         return Maps(split.logits, target, (maps,), how, (activations,))
 
