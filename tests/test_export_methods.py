@@ -32,7 +32,7 @@ from diffcam_export.methods.value import (
 from diffcam_export.verify import verify
 from diffcam_fast import Contrast, Explainer
 from diffcam_fast.cli.main import main
-from diffcam_fast.methods import METHODS
+from diffcam_fast.methods import METHODS, GradientMethod
 from diffcam_kernels import reference
 from networks import pooled, relative_error, with_mlp
 
@@ -392,3 +392,19 @@ def test_the_command(plain: dict[str, Path], tmp_path: Path) -> None:
     wrong = CliRunner().invoke(main, [*given, "--method", "score_cam"])
     assert wrong.exit_code == 2
     assert [line for line in wrong.output.splitlines() if "score_cam cannot be written" in line]
+
+
+def test_a_method_without_a_closed_form_gets_a_backward_everywhere(
+    plain: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = GradientMethod("backward_grad_cam", "none", "a test", pooled=None)
+    monkeypatch.setitem(METHODS, method.name, method)
+    theirs = Explainer(pooled(), method=method)(images(), 1)
+    assert "backward of the head" in theirs.backend
+    closed = Explainer(pooled(), method="grad_cam")(images(), 1)
+    assert relative_error(theirs.maps, closed.maps) < 1e-5
+    done = exported(plain["pooled"], tmp_path, method=method.name, targets="input")
+    assert done.heads == ("backward of the head",)
+    assert "has no shorter form" in done.reasons[0]
+    ours = OnnxExplainer(done.path, providers=CPU)(images(), 1)
+    assert relative_error(ours.maps, closed.maps) < 1e-5

@@ -21,16 +21,21 @@ class GradientMethod(Method):
         reduction: key of `diffcam_kernels.reference.REDUCTIONS`.
         pooled: what its map is under a gradient that is the same at every cell, that of a pooled
             linear head: the channels weighted by the gradient, or by its positive part. Such a
-            head is explained in closed form then.
+            head is explained in closed form then. None: neither, and it gets a backward too.
     """
 
     reduction: str = "grad_cam"
-    pooled: Literal["signed", "positive"] = "signed"
+    pooled: Literal["signed", "positive"] | None = "signed"
 
     def maps(self, call: Call) -> Maps:
         """As `Method.maps`."""
         weight = call.network.head_weight()
-        if weight is None or self.eigen_smooth or call.asked.function is not None:
+        if (
+            weight is None
+            or self.pooled is None
+            or self.eigen_smooth
+            or call.asked.function is not None
+        ):
             return self.maps_of_layers(call)
         return self._closed_form(call, weight)
 

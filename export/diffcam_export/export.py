@@ -216,7 +216,9 @@ def write_explained(
     nodes, plain_bytes = count_nodes(model), _graph_bytes(model)
     head = cam_head(classifier.founds, classifier.images, options, prefix=DOMAIN)
     form = form_of(options.method)
-    heads, reasons = zip(*(form.way(found) for found in classifier.founds), strict=True)
+    heads, reasons = zip(
+        *(form.way(options.method, found) for found in classifier.founds), strict=True
+    )
     facts = _facts(classifier, options, heads, baked=bake_preprocess)
     attach(model, head, inline=inline)
     added_nodes = count_nodes(model) - nodes

@@ -20,6 +20,7 @@ from diffcam_export.emit import Emitter
 from diffcam_export.layer import cells, sizes
 from diffcam_export.methods.form import Explained
 from diffcam_export.reductions import not_zero
+from diffcam_fast.methods import Method
 
 _DOUBLE, _FLOAT = ir.DataType.DOUBLE, ir.DataType.FLOAT
 _BOOL, _INT64 = ir.DataType.BOOL, ir.DataType.INT64
@@ -43,7 +44,7 @@ def eigen_cam(at: Explained, found: Found) -> ir.Value:
     return at.of_known(maps)
 
 
-def no_gradient(found: Found) -> tuple[str, str]:
+def no_gradient(method: Method, found: Found) -> tuple[str, str]:
     """What is told of the way to `eigen_cam`."""
     return "principal component", "of the activations alone: no class and no gradient takes part"
 

@@ -79,8 +79,10 @@ class Explained:
         return emit("Transpose", made, perm=[1, 0, 2])
 
 
-def by_gradient(found: Found) -> tuple[str, str]:
+def by_gradient(method: Method, found: Found) -> tuple[str, str]:
     """How the gradient of the score is had at a layer, and why."""
+    if found.weight is not None and getattr(method, "pooled", "signed") is None:
+        return "backward of the head", f"{method.name} of a pooled linear head has no shorter form"
     way = "closed form" if found.weight is not None else "backward of the head"
     return way, found.reason
 
@@ -98,6 +100,6 @@ class Form:
     """
 
     write: Callable[[Explained, Found], ir.Value]
-    way: Callable[[Found], tuple[str, str]] = by_gradient
+    way: Callable[[Method, Found], tuple[str, str]] = by_gradient
     elsewhere: str = ""
     clipped: bool = True

@@ -19,7 +19,7 @@ def gradient_method(at: Explained, found: Found) -> ir.Value:
     emit, method = at.emit, at.method
     assert isinstance(method, GradientMethod)
     a = cells(emit, found.layer, found)
-    if found.weight is None:
+    if found.weight is None or method.pooled is None:
         return _backward(at, found, a, REDUCTIONS[method.reduction])
     w = emit("MatMul", at.d, class_rows(emit, found))
     if method.pooled == "positive":
