@@ -45,7 +45,7 @@ class _Alias(ModuleType):
             return _Missing(name, (), {})
 
     @property
-    def __dict__(self) -> Any:
+    def __dict__(self) -> Any:  # type: ignore[override]  # of modules it may be assigned
         # torch-cam's tests look classes up by `module.__dict__[name]`.
         return _Names(self)
 

@@ -52,7 +52,8 @@ class _Extractor:
         input_shape: tuple[int, ...] = (3, 224, 224),
         enable_hooks: bool = True,
     ) -> None:
-        for layer in target_layer if isinstance(target_layer, list) else [target_layer]:
+        several = target_layer if isinstance(target_layer, list | tuple) else (target_layer,)
+        for layer in several:
             _check_layer(model, layer)
         self.model = model
         self._layer = target_layer
@@ -171,7 +172,7 @@ class _Extractor:
         return torch.stack(resized).amax(dim=0)
 
 
-def _check_layer(model: nn.Module, layer: Layer | None) -> None:
+def _check_layer(model: nn.Module, layer: object) -> None:
     known = dict(unwrap(model).named_modules())
     if layer is not None and not isinstance(layer, str | nn.Module):
         raise TypeError(f"target_layer must be a module or a name, got {type(layer).__name__}")
