@@ -64,6 +64,7 @@ ALIASES = {
     "pytorch_grad_cam.utils": None,
     "pytorch_grad_cam.utils.image": "diffcam_fast.compat.image",
     "pytorch_grad_cam.utils.model_targets": "diffcam_fast.compat.targets",
+    "pytorch_grad_cam.utils.svd_on_activations": None,
     "torchcam": None,
     "torchcam.methods": "diffcam_fast.compat.torchcam",
     "torchcam.methods.activation": "diffcam_fast.compat.torchcam",

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-OPSET = 18
+from diffcam_export import apart
+
+OPSET = apart.OPSET
 """The operator set that added nodes are written in; older files are converted to it first."""
 
 

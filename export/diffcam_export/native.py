@@ -9,11 +9,10 @@ from collections.abc import Callable
 import onnx
 import onnx_ir as ir
 
+from diffcam_export import apart
+
 # Elements; those within may be axes, shapes or scales that a pass must read.
 _SMALL = 256
-# A list of numbers, and a size, from which on nothing is followed through the model.
-_LONGEST = 2**20
-_LARGEST = 2**31
 
 
 def light(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
@@ -77,7 +76,7 @@ def infer_shapes(model: ir.Model) -> None:
     A node whose declared shapes contradict each other keeps what is declared.
     """
     proto, _ = light(model)
-    graph = inferred(proto).graph
+    graph = apart.infer(proto).graph
     found = {info.name: info for info in (*graph.value_info, *graph.output)}
     for node in model.graph:
         for value in node.outputs:
@@ -96,16 +95,3 @@ def infer_shapes(model: ir.Model) -> None:
                     size if isinstance(size, int) and not isinstance(name, int) else name
                     for name, size in zip(value.shape, told.shape, strict=True)
                 )
-
-
-def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A model with its values' shapes, those included that follow from numbers in it."""
-    plain = onnx.shape_inference.infer_shapes(proto)
-    graph = plain.graph
-    for info in (*graph.input, *graph.value_info, *graph.output):
-        sizes = [d.dim_value for d in info.type.tensor_type.shape.dim]
-        # onnx makes an object for every number of a list that it follows, known or not: a Range
-        # of a trillion is sixty bytes of a file.
-        if (len(sizes) == 1 and sizes[0] > _LONGEST) or any(d > _LARGEST for d in sizes):
-            return plain
-    return onnx.shape_inference.infer_shapes(proto, data_prop=True)

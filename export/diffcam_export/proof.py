@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from diffcam_export import apart
 from diffcam_export.flow import Flow, dims, named, subgraphs
-from diffcam_export.native import inferred
 
 # Numbers in one value: hostile files ask for more.
 _LARGEST = 2**26
@@ -134,7 +134,7 @@ def _check_sizes(proto: onnx.ModelProto) -> None:
     Without this, a small file could ask for any amount of memory.
     """
     del proto.graph.value_info[:]
-    graph = inferred(proto).graph
+    graph = apart.infer(proto).graph
     shapes = {info.name: info.type.tensor_type.shape.dim for info in graph.value_info}
     shapes |= {info.name: info.type.tensor_type.shape.dim for info in graph.output}
     for node in proto.graph.node:

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
-from onnx.inliner import inline_local_functions
-from onnx.version_converter import convert_version
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
+from diffcam_export import apart
 from diffcam_export.checks import OnnxFileError, check, parsed
 from diffcam_export.emit import OPSET
 from diffcam_export.native import infer_shapes, rewritten
@@ -62,7 +60,7 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     version = model.opset_imports[""]
     if version < OPSET:
         with _named(f"{path} cannot be converted from opset {version} to {OPSET}"):
-            model = rewritten(model, lambda proto: convert_version(proto, OPSET))
+            model = rewritten(model, apart.convert)
             if version < _NEW_RESIZE:
                 _keep_resizing(model)
             ir.external_data.set_base_dir(model.graph, path.parent.absolute())
@@ -125,13 +123,7 @@ def _inlined(model: ir.Model) -> ir.Model:
     imports = (entry for f in model.functions.values() for entry in f.opset_imports.items())
     if all(own.get(domain, version) == version for domain, version in imports):
         return InlinePass()(model).model
-
-    def written_out(proto: onnx.ModelProto) -> onnx.ModelProto:
-        # The types of the values between the calls must be known to it.
-        typed = onnx.shape_inference.infer_shapes(proto)
-        return inline_local_functions(typed, convert_version=True)
-
-    return rewritten(model, written_out)
+    return rewritten(model, apart.write_out)
 
 
 def _keep_resizing(model: ir.Model) -> None:
