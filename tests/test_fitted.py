@@ -1,4 +1,4 @@
-"""Weights that are fitted, and the loss that is made of maps."""
+"""Methods whose weights are fitted, through the explainer."""
 
 import copy
 
@@ -9,7 +9,6 @@ from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
 from diffcam_fast import Explainer
-from diffcam_fast.losses import cam_alignment_loss
 from diffcam_fast.methods import METHODS, BroadCAM, FittedCAM
 from networks import images, pooled, relative_error, with_mlp
 
@@ -81,7 +80,7 @@ def test_re_cam_learns_what_tells_classes_apart() -> None:
     method = METHODS["re_cam"]
     assert isinstance(method, FittedCAM)
     plain = Explainer(model, method="cam", layer="1", example_inputs=x)(x, [0, 1]).heatmaps((4, 4))
-    tuned = type(method)("re_cam", "none", "", epochs=300, rate=0.05)
+    tuned = type(method)("re_cam", "none", "", epochs=300, lr=0.05)
     explainer = Explainer(model, method=tuned, layer="1", example_inputs=x)
     found = explainer.fit([(x, torch.tensor([0, 1]))])(x, [0, 1]).heatmaps((4, 4))
     assert (plain[:, 0, 0, 0] == 1).all() and (plain[:, 0, 3, 3] < 0.7).all()
@@ -113,9 +112,9 @@ def fit(method: str, given: object, model: nn.Module | None = None) -> object:
         (lambda: fit("diff_grad_cam", batches(10)), "diff_grad_cam is not fitted"),
         (lambda: fit("broad_cam", []), "no images to fit on"),
         (lambda: fit("re_cam", []), "no images to fit on"),
-        (lambda: fit("re_cam", iter(batches(10))), "more than 1 times"),
+        (lambda: fit("re_cam", iter(batches(10))), "iterated once an epoch"),
         (lambda: fit("broad_cam", [(images(), torch.tensor([0, 1, 5]))]), "must be from 0 to 4"),
-        (lambda: fit("broad_cam", [(images(), torch.tensor([0, 1]))]), r"N = 3 .*, or \(3, 5\)"),
+        (lambda: fit("broad_cam", [(images(), torch.tensor([0, 1]))]), r"\(3,\) class indices, or \(3, 5\)"),
         (lambda: fit("re_cam", batches(10), with_mlp()), "pooled linear head only"),
         (
             lambda: Explainer(pooled(), method="cam")(images(), lambda out: out[:, 0]),
@@ -126,60 +125,3 @@ def fit(method: str, given: object, model: nn.Module | None = None) -> object:
 def test_errors_say_what_to_do(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
-
-
-def test_the_loss_of_a_class_that_weighs_all_channels_alike_is_0() -> None:
-    a = torch.rand(4, 3, 5, 6)
-    weight = torch.tensor([[2.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
-    assert float(cam_alignment_loss(a, weight, torch.tensor([0, 0, 0, 0]))) < 1e-6
-    assert float(cam_alignment_loss(a, weight, torch.tensor([1, 0, 0, 0]))) > 0.01
-
-
-def test_the_loss_has_the_gradient_of_finite_differences() -> None:
-    torch.manual_seed(0)
-    a = torch.rand(2, 3, 3, 3, dtype=torch.double, requires_grad=True)
-    weight = torch.randn(4, 3, dtype=torch.double, requires_grad=True)
-    labels = torch.tensor([1, 3])
-    assert torch.autograd.gradcheck(lambda a, w: cam_alignment_loss(a, w, labels), (a, weight))
-    loss = cam_alignment_loss(a, weight, labels, detach_weight=True)
-    assert torch.autograd.grad(loss, weight, allow_unused=True)[0] is None
-
-
-def test_constant_maps_have_no_loss_and_no_gradient() -> None:
-    a = torch.ones(2, 3, 4, 4, requires_grad=True)
-    loss = cam_alignment_loss(a, torch.ones(2, 3), torch.tensor([0, 1]))
-    loss.backward()
-    assert float(loss.detach()) == 0 and a.grad is not None and (a.grad == 0).all()
-
-
-def test_training_with_the_loss_lowers_it() -> None:
-    model, x, y = pooled().train(), *labelled()
-    losses = []
-    optimiser = torch.optim.Adam(model[0].parameters(), 1e-2)
-    for _ in range(20):
-        a = model[0](x)
-        loss = cam_alignment_loss(a, model[2].weight, y)
-        losses.append(float(loss.detach()))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    assert losses[-1] < 0.8 * losses[0]
-
-
-@pytest.mark.parametrize(
-    ("a", "weight", "labels", "message"),
-    [
-        (
-            torch.zeros(1, 3, 2),
-            torch.zeros(2, 3),
-            torch.tensor([0]),
-            r"got \(1, 3, 2\) and \(2, 3\)",
-        ),
-        (torch.zeros(1, 3, 2, 2), torch.zeros(2, 4), torch.tensor([0]), r"and \(2, 4\)"),
-        (torch.zeros(1, 3, 2, 2), torch.zeros(2, 3), torch.tensor([0, 1]), "N = 1 class indices"),
-        (torch.zeros(1, 3, 2, 2), torch.zeros(2, 3), torch.tensor([2]), r"from 0 to 1, got \[2\]"),
-    ],
-)
-def test_what_the_loss_refuses(a: Tensor, weight: Tensor, labels: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        cam_alignment_loss(a, weight, labels)
