@@ -114,3 +114,11 @@ def test_it_ends_with_who_started_it(tmp_path: Path) -> None:
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_it_takes_no_more_than_its_parent_may() -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31));"
+        "from diffcam_export import apart; import onnx; apart.infer(onnx.ModelProto())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -114,7 +114,10 @@ def fit(method: str, given: object, model: nn.Module | None = None) -> object:
         (lambda: fit("re_cam", []), "no images to fit on"),
         (lambda: fit("re_cam", iter(batches(10))), "iterated once an epoch"),
         (lambda: fit("broad_cam", [(images(), torch.tensor([0, 1, 5]))]), "must be from 0 to 4"),
-        (lambda: fit("broad_cam", [(images(), torch.tensor([0, 1]))]), r"\(3,\) class indices, or \(3, 5\)"),
+        (
+            lambda: fit("broad_cam", [(images(), torch.tensor([0, 1]))]),
+            r"\(3,\) class indices, or \(3, 5\)",
+        ),
         (lambda: fit("re_cam", batches(10), with_mlp()), "pooled linear head only"),
         (
             lambda: Explainer(pooled(), method="cam")(images(), lambda out: out[:, 0]),

@@ -152,7 +152,10 @@ def _answer(
     answers: BinaryIO, change: Callable[[onnx.ModelProto], onnx.ModelProto], content: bytes
 ) -> None:
     limit = _MEMORY + _TIMES * len(content)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    _, granted = resource.getrlimit(resource.RLIMIT_DATA)
+    if granted != resource.RLIM_INFINITY:
+        limit = min(limit, granted)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, granted))
     try:
         result, kind = change(onnx.ModelProto.FromString(content)).SerializeToString(), _DONE
     except Exception as error:  # noqa: BLE001 - whatever onnx raises is told to who asked
