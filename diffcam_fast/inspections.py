@@ -56,7 +56,9 @@ class Inspections:
             self._try_usual_sizes()
         else:
             examples = examples[:2]
-            self._at(examples.shape[1:], examples.repeat(2 // len(examples), 1, 1, 1))
+            # Of an empty batch the size is known, and that is all.
+            twice = examples.repeat(2 // len(examples), 1, 1, 1) if len(examples) else None
+            self._at(examples.shape[1:], twice)
 
     @property
     def first(self) -> tuple[Inspection, ...]:

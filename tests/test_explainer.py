@@ -124,6 +124,9 @@ def test_no_images(model: nn.Module) -> None:
     result = Explainer(model)(images(0))
     assert result.maps.shape == (0, 1, 5, 6)
     assert result.heatmaps((4, 4)).shape == (0, 1, 4, 4)
+    # As an example they tell their size alone.
+    shown = Explainer(model, example_inputs=images(0))
+    assert torch.equal(shown(images()).maps, Explainer(model)(images()).maps)
 
 
 @pytest.mark.parametrize("model", [pooled(), with_mlp()], ids=["closed", "backward"])

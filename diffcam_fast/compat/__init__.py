@@ -17,6 +17,7 @@ _HOMES = {
             "EigenCAM",
             "EigenGradCAM",
             "GradCAM",
+            "GradCAMElementWise",
             "GradCAMPlusPlus",
             "HiResCAM",
             "LayerCAM",

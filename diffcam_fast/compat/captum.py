@@ -1,12 +1,18 @@
 """Captum's `LayerGradCam` and `LayerAttribution.interpolate`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffcam_fast.explainer import Explainer
+from diffcam_fast.compat.asked import Explainers, one_each
 from diffcam_fast.inspections import Layer
+from diffcam_fast.methods import METHODS, GradientMethod
+from diffcam_fast.targets import Targets
+
+Place = int | tuple[int, ...]
+"""Where in the output of an image the score stands: a class, or an index for each axis."""
 
 
 class LayerGradCam:
@@ -15,7 +21,11 @@ class LayerGradCam:
     Args:
         forward_func: an image classifier, a module.
         layer: a module of it, or a dotted name.
-        method: another method of the engine.
+        method: another gradient method of the engine.
+
+    Raises:
+        TypeError: a function in place of a module.
+        ValueError: a method that takes no gradients.
 
     Example:
         >>> import torch
@@ -33,14 +43,18 @@ class LayerGradCam:
                 f"forward_func must be a module, got {type(forward_func).__name__}; a function "
                 "cannot be cut at a layer"
             )
+        found = METHODS.get(method)
+        if not isinstance(found, GradientMethod):
+            raise ValueError(f"method must be one that takes gradients, got {method!r}")
         self.forward_func, self.layer = forward_func, layer
-        self._method = method
-        self._explainers: dict[tuple[int, ...], Explainer] = {}
+        self._method = found
+        self._channels = _Channels(method, found.contrast, found.source, reduction=found.reduction)
+        self._explainers = Explainers(forward_func, layer, relu=False)
 
     def attribute(
         self,
         inputs: Tensor,
-        target: int | Tensor | Sequence[int] | None = None,
+        target: Place | Tensor | Sequence[Place] | None = None,
         additional_forward_args: object = None,
         attribute_to_layer_input: bool = False,
         relu_attributions: bool = False,
@@ -51,11 +65,13 @@ class LayerGradCam:
 
         Args:
             inputs: (N, C, H, W).
-            target: a class, or one an image; None: the predicted class, where Captum would fail.
+            target: a class for all images, or one an image; of outputs with more axes than classes
+                a tuple, or one an image. None: the only score, or the predicted class, where Captum
+                would fail.
             additional_forward_args: not taken.
             attribute_to_layer_input: not taken: name the layer before.
             relu_attributions: clip negative cells to 0.
-            attr_dim_summation: always.
+            attr_dim_summation: add up the channels; otherwise (N, C, h, w), the map of each.
             grad_kwargs: not taken.
 
         Raises:
@@ -64,23 +80,47 @@ class LayerGradCam:
         asked = {
             "additional_forward_args": additional_forward_args is not None,
             "attribute_to_layer_input": attribute_to_layer_input,
-            "attr_dim_summation=False": not attr_dim_summation,
             "grad_kwargs": grad_kwargs is not None,
         }
         if any(asked.values()):
             refused = ", ".join(name for name, given in asked.items() if given)
             raise ValueError(f"{refused}: not taken here; see docs/migrate.md")
-        shape = tuple(inputs.shape[1:])
-        if shape not in self._explainers:
-            self._explainers[shape] = Explainer(
-                self.forward_func,
-                layer=self.layer,
-                method=self._method,
-                relu=False,
-                example_inputs=inputs[:1],
-            )
-        maps = self._explainers[shape](inputs, target).maps
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"inputs must be one tensor (N, C, H, W), got {type(inputs).__name__}")
+        method = self._method if attr_dim_summation else self._channels
+        maps = self._explainers(method, inputs, _targets(target, len(inputs))).maps
         return maps.relu() if relu_attributions else maps
+
+
+@dataclass(frozen=True)
+class _Channels(GradientMethod):
+    """What each channel adds to a map, in the place of targets: (N, C, h, w) of one target."""
+
+    pooled: None = None
+
+    def reduced(self, activations: Tensor, gradients: Tensor, relu: bool) -> Tensor:
+        """As `GradientMethod.reduced`."""
+        return self.terms(activations, gradients)[:, 0]
+
+
+def _targets(target: Place | Tensor | Sequence[Place] | None, n: int) -> Targets:
+    """As the engine takes targets; a tuple is no list of classes, but one place of an output."""
+    if isinstance(target, Tensor):
+        return target.reshape(()) if target.numel() == 1 else target
+    if isinstance(target, tuple):
+        return [_at(target)] * n
+    if isinstance(target, Sequence):
+        if any(isinstance(place, tuple) for place in target):
+            return one_each([_at(place) for place in target], n)
+        return one_each(list(target), n)  # type: ignore[arg-type]  # no tuples, as asked above
+    return target
+
+
+def _at(place: Place) -> Callable[[Tensor], Tensor]:
+    def score(output: Tensor) -> Tensor:
+        return output[place]
+
+    return score
 
 
 class LayerAttribution:

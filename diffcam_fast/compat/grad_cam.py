@@ -1,26 +1,21 @@
 """The classes of pytorch-grad-cam: the same constructor, call and output, over this engine."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffcam_fast.compat.targets import ClassifierOutputTarget
-from diffcam_fast.explainer import Explainer
+from diffcam_fast.compat.asked import Explainers, Reshape, one_each, unit
 from diffcam_fast.inspections import Layer
-from diffcam_fast.layout import Layout
-from diffcam_fast.methods import METHODS
-from diffcam_fast.refine import stage_activations
-from diffcam_fast.running import pick_logits, unwrap
+from diffcam_fast.methods import METHODS, GradientMethod, Method
+from diffcam_fast.methods.base import principal
 from diffcam_fast.targets import Targets
-
-Reshape = Callable[[Tensor], Tensor]
-"""From what a layer returns to (N, C, h, w)."""
+from diffcam_kernels.reference.precision import accumulate_dtype
 
 _FACTORS = (0.9, 1.0, 1.1)
 _EPS = 1e-7
@@ -52,7 +47,7 @@ class BaseCAM:
         ((2, 8, 8), dtype('float32'))
     """
 
-    method: ClassVar[str]
+    method: ClassVar[str | Method]
 
     def __init__(
         self,
@@ -67,7 +62,7 @@ class BaseCAM:
         self.reshape_transform = reshape_transform
         self.batch_size = 16
         self.outputs: Tensor | None = None
-        self._explainers: dict[tuple[int, ...], Explainer] = {}
+        self._explainers = Explainers(model, self.target_layers, reshape_transform)
 
     def __enter__(self) -> Self:
         return self
@@ -114,90 +109,18 @@ class BaseCAM:
         return torch.stack(each).mean(dim=0).cpu().numpy()
 
     def _heatmaps(self, images: Tensor, targets: Targets, eigen_smooth: bool) -> Tensor:
-        result = self._explainer(images, eigen_smooth)(images, _targets(targets, len(images)))
+        method = METHODS[self.method] if isinstance(self.method, str) else self.method
+        method = replace(method, eigen_smooth=eigen_smooth)
+        result = self._explainers(method, images, one_each(targets, len(images)))
         self.outputs = result.logits
         size = (images.shape[2], images.shape[3])
         each = []
         for maps in result.layer_maps:
             if maps.shape[1] != 1:
                 raise ValueError(f"one target an image, got {maps.shape[1]}")
-            scaled = _unit(maps[:, 0].relu())
+            scaled = unit(maps[:, 0].relu(), _EPS)
             each.append(F.interpolate(scaled[:, None], size, mode="bilinear")[:, 0])
-        return _unit(torch.stack(each).mean(dim=0))
-
-    def _explainer(self, images: Tensor, eigen_smooth: bool) -> Explainer:
-        key = (*images.shape[1:], eigen_smooth)
-        if key not in self._explainers:
-            self._explainers[key] = Explainer(
-                self.model,
-                layer=self.target_layers,
-                method=replace(METHODS[self.method], eigen_smooth=eigen_smooth),
-                output=_logits,
-                layout=self._layout(images[:1]),
-                example_inputs=images[:1],
-            )
-        return self._explainers[key]
-
-    def _layout(self, image: Tensor) -> Layout | None:
-        if self.reshape_transform is None:
-            return None
-        inner = unwrap(self.model)
-        layer = self.target_layers[0]
-        names = {id(module): name for name, module in inner.named_modules()}
-        name = layer if isinstance(layer, str) else names[id(layer)]
-        first = next(inner.parameters())
-        [output] = stage_activations(inner, image.to(first.device, first.dtype), [name])
-        return layout_of(self.reshape_transform, output.shape)
-
-
-def layout_of(reshape: Reshape, shape: Sequence[int]) -> Layout:
-    """The layout that a reshape transform amounts to, for a layer's output of this shape.
-
-    Raises:
-        ValueError: it does something else than to pick a grid of tokens, or to move an axis.
-    """
-    numbered = torch.arange(shape[1] * shape[-1] * (shape[2] if len(shape) == 4 else 1))
-    numbered = numbered.double().view(1, *shape[1:])
-    cells = reshape(numbered)
-    candidates = [Layout(axis) for axis in (1, 3)] if len(shape) == 4 else []
-    if len(shape) == 3 and cells.ndim == 4:
-        grid = (cells.shape[2], cells.shape[3])
-        first = int(cells.flatten()[0]) // shape[2]
-        candidates = [Layout(2, grid, first)] if first + grid[0] * grid[1] <= shape[1] else []
-    for layout in candidates:
-        if torch.equal(layout.cells(numbered), cells):
-            return layout
-    raise ValueError(
-        f"reshape_transform makes {tuple(cells.shape)} of the layer's {tuple(shape)}, which is "
-        "neither a grid of tokens, row by row, nor channels moved to axis 1"
-    )
-
-
-def _targets(targets: Targets, n: int) -> Targets:
-    """As the engine takes them; targets that are classes become classes."""
-    if targets is None or not isinstance(targets, Sequence) or isinstance(targets, str):
-        return targets
-    given: list[Any] = list(targets)
-    if len(given) != n:
-        raise ValueError(f"{len(given)} targets for {n} images; give one an image")
-    if all(isinstance(target, ClassifierOutputTarget) for target in given):
-        return [int(target.category) for target in given]
-    return given
-
-
-def _logits(output: Any) -> Tensor:
-    """Logits (N, K); of scores (N, K, ...) of many places their means."""
-    if isinstance(output, Tensor) and output.ndim > 2:
-        return output.flatten(2).mean(dim=2)
-    if isinstance(output, Tensor) and output.ndim == 1:
-        return output[:, None]
-    return pick_logits(output)
-
-
-def _unit(maps: Tensor) -> Tensor:
-    """Maps (N, h, w) to [0, 1], with the small number that pytorch-grad-cam adds."""
-    maps = maps - maps.amin(dim=(1, 2), keepdim=True)
-    return maps / (maps.amax(dim=(1, 2), keepdim=True) + _EPS)
+        return unit(torch.stack(each).mean(dim=0), _EPS)
 
 
 class GradCAM(BaseCAM):
@@ -228,6 +151,27 @@ class HiResCAM(BaseCAM):
     """HiResCAM (arXiv 2011.08891)."""
 
     method = "hires_cam"
+
+
+@dataclass(frozen=True)
+class _ElementWise(GradientMethod):
+    """sum_k relu(G_k A_k), cell by cell."""
+
+    def reduced(self, activations: Tensor, gradients: Tensor, relu: bool) -> Tensor:
+        """As `GradientMethod.reduced`."""
+        terms = self.terms(activations, gradients)
+        return principal(terms, relu) if self.eigen_smooth else terms.sum(dim=2)
+
+    def terms(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """As `GradientMethod.terms`."""
+        dtype = accumulate_dtype(activations, gradients)
+        return (gradients.to(dtype) * activations[:, None].to(dtype)).relu()
+
+
+class GradCAMElementWise(BaseCAM):
+    """The positive products of gradients and activations; a method of pytorch-grad-cam alone."""
+
+    method = _ElementWise("grad_cam_elementwise", "none", "pytorch-grad-cam", pooled=None)
 
 
 class XGradCAM(BaseCAM):
@@ -261,9 +205,38 @@ class ScoreCAM(BaseCAM):
 
 
 class AblationCAM(BaseCAM):
-    """Ablation-CAM (WACV 2020)."""
+    """Ablation-CAM (WACV 2020).
+
+    Args:
+        model: as for `BaseCAM`.
+        target_layers: as for `BaseCAM`.
+        reshape_transform: as for `BaseCAM`.
+        ablation_layer: not taken: channels are set to 0 in the layer's output itself.
+        batch_size: not needed: passes are bounded by memory.
+        ratio_channels_to_ablate: 1, all of them.
+
+    Raises:
+        ValueError: an `ablation_layer`, or another ratio.
+    """
 
     method = "ablation_cam"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[Layer],
+        reshape_transform: Reshape | None = None,
+        ablation_layer: nn.Module | None = None,
+        batch_size: int = 32,
+        ratio_channels_to_ablate: float = 1.0,
+    ) -> None:
+        if ablation_layer is not None or ratio_channels_to_ablate != 1:
+            raise ValueError(
+                "ablation_layer and ratio_channels_to_ablate are not taken: every channel is set "
+                "to 0, in the output of the layer; leave them out"
+            )
+        super().__init__(model, target_layers, reshape_transform)
+        self.batch_size = batch_size
 
 
 class ReciproCAM(BaseCAM):

@@ -1,8 +1,9 @@
 """The extractors of torch-cam: hooks that remember a forward pass, explained afterwards.
 
 The images of the user's own forward pass are kept until they are explained, and the engine runs the
-model on them again: a head in closed form, or a graph behind the target layer only, is what makes
-that cheaper than a graph through the whole network.
+model on them again, in evaluation mode: a head in closed form, or a graph behind the target layer
+only, is what makes that cheaper than a graph through the whole network. That first pass needs no
+graph: run it under `torch.inference_mode()`. `diffcam_fast.Explainer` runs the model once.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffcam_fast.explainer import Explainer
+from diffcam_fast.compat.asked import Explainers, Reshape, one_each, unit
 from diffcam_fast.inspections import Layer
 from diffcam_fast.running import unwrap
 from diffcam_fast.targets import Targets
@@ -29,6 +30,8 @@ class _Extractor:
         target_layer: a module or dotted name, or a list of them; None: found by running.
         input_shape: (C, H, W), not needed.
         enable_hooks: remember the next forward passes.
+        reshape_transform: from what the layers return to (N, C, h, w), where it picks a grid of
+            tokens or moves an axis; the layers must be given then.
 
     Example:
         >>> import torch
@@ -51,30 +54,36 @@ class _Extractor:
         target_layer: Layer | Sequence[Layer] | None = None,
         input_shape: tuple[int, ...] = (3, 224, 224),
         enable_hooks: bool = True,
+        reshape_transform: Reshape | None = None,
     ) -> None:
+        if reshape_transform is not None and not callable(reshape_transform):
+            raise TypeError("reshape_transform must be a function")
+        if reshape_transform is not None and target_layer is None:
+            raise ValueError("with a reshape_transform give the target_layer too")
         several = target_layer if isinstance(target_layer, list | tuple) else (target_layer,)
         for layer in several:
             _check_layer(model, layer)
         self.model = model
-        self._layer = target_layer
         self._images: Tensor | None = None
-        self._explainers: dict[tuple[int, ...], Explainer] = {}
-        self._remembering = enable_hooks
-        self._handle = unwrap(model).register_forward_pre_hook(self._remember, with_kwargs=True)
+        self._explainers = Explainers(model, target_layer, reshape_transform, relu=self.relu)
+        self._hooks_enabled = enable_hooks
+        # On the wrapper, if there is one: a compiled module calls no hooks inside, a replica of
+        # DataParallel sees some of the images.
+        self.hook_handles = [model.register_forward_pre_hook(self._remember, with_kwargs=True)]
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        if self._remembering and given:
+        if self._hooks_enabled and given:
             # The model may write into its input.
             self._images = given[0].detach().clone()
 
     def enable_hooks(self) -> None:
         """Remember the next forward passes."""
-        self._remembering = True
+        self._hooks_enabled = True
 
     def disable_hooks(self) -> None:
         """Leave the next forward passes alone."""
-        self._remembering = False
+        self._hooks_enabled = False
 
     def reset_hooks(self) -> None:
         """Forget the last forward pass."""
@@ -82,7 +91,9 @@ class _Extractor:
 
     def remove_hooks(self) -> None:
         """Take the hook from the model."""
-        self._handle.remove()
+        for handle in self.hook_handles:
+            handle.remove()
+        self.hook_handles.clear()
         self._images = None
 
     def __enter__(self) -> Self:
@@ -120,6 +131,7 @@ class _Extractor:
 
         Raises:
             ValueError: neither or both of class_idx and targets, or not as many as images.
+            TypeError: targets that are no functions.
             RuntimeError: there was no forward pass.
         """
         if (class_idx is None) == (targets is None):
@@ -130,30 +142,20 @@ class _Extractor:
         given: Targets = class_idx
         if targets is not None:
             given = [targets] * len(images) if callable(targets) else list(targets)
-        if isinstance(given, Sequence) and len(given) != len(images):
-            raise ValueError(f"{len(given)} targets for {len(images)} images; give one an image")
-        remembering, self._remembering = self._remembering, False
+            if not all(callable(target) for target in given):
+                raise TypeError("targets must be a function of the output of one image, or a list")
+        hooks, self._hooks_enabled = self._hooks_enabled, False
         try:
-            result = self._explainer(images)(images, given)
+            result = self._explainers(self.method, images, one_each(given, len(images)))
         finally:
-            self._remembering = remembering
+            self._hooks_enabled = hooks
         maps = [m[:, 0] for m in result.layer_maps]
-        return [_unit(m) for m in maps] if normalized else maps
+        return [unit(m, _EPS) for m in maps] if normalized else maps
 
-    def _explainer(self, images: Tensor) -> Explainer:
-        shape = tuple(images.shape[1:])
-        if shape not in self._explainers:
-            self._explainers[shape] = Explainer(
-                self.model,
-                layer=self._layer,
-                method=self.method,
-                relu=self.relu,
-                example_inputs=images[:1],
-            )
-        return self._explainers[shape]
-
-    @staticmethod
-    def fuse_cams(cams: Sequence[Tensor], target_shape: tuple[int, int] | None = None) -> Tensor:
+    @classmethod
+    def fuse_cams(
+        cls, cams: Sequence[Tensor], target_shape: tuple[int, int] | None = None
+    ) -> Tensor:
         """The largest of the maps (N, h, w) of several layers, at the size of the largest or at
         `target_shape`.
 
@@ -165,11 +167,16 @@ class _Extractor:
             raise TypeError(f"cams must be a list of maps, got {type(cams).__name__}")
         if not cams:
             raise ValueError("cams must hold the maps of one layer at least")
-        if len(cams) == 1 and target_shape is None:
+        if len(cams) == 1:
             return cams[0]
+        cams = [cls._scaled(cam) for cam in cams]
         size = target_shape or tuple(max(cam.shape[i] for cam in cams) for i in (1, 2))
         resized = [F.interpolate(cam[:, None], size, mode="bilinear")[:, 0] for cam in cams]
         return torch.stack(resized).amax(dim=0)
+
+    @staticmethod
+    def _scaled(cam: Tensor) -> Tensor:
+        return cam
 
 
 def _check_layer(model: nn.Module, layer: object) -> None:
@@ -181,11 +188,6 @@ def _check_layer(model: nn.Module, layer: object) -> None:
         raise ValueError(f"the model has no layer {layer!r}")
 
 
-def _unit(maps: Tensor) -> Tensor:
-    maps = maps - maps.amin(dim=(1, 2), keepdim=True)
-    return maps / (maps.amax(dim=(1, 2), keepdim=True) + _EPS)
-
-
 class CAM(_Extractor):
     """Class activation maps (arXiv 1512.04150), of pooled linear heads; no ReLU.
 
@@ -195,6 +197,7 @@ class CAM(_Extractor):
         fc_layer: not needed, the classifier's weights are found; checked to be a module or a name.
         input_shape: not needed.
         enable_hooks: remember the next forward passes.
+        reshape_transform: from what the layers return to (N, C, h, w).
     """
 
     method = "cam"
@@ -207,11 +210,12 @@ class CAM(_Extractor):
         fc_layer: Layer | None = None,
         input_shape: tuple[int, ...] = (3, 224, 224),
         enable_hooks: bool = True,
+        reshape_transform: Reshape | None = None,
     ) -> None:
         _check_layer(model, fc_layer)
         if isinstance(target_layer, list) and len(target_layer) > 1:
             raise ValueError("CAM takes one target layer")
-        super().__init__(model, target_layer, input_shape, enable_hooks)
+        super().__init__(model, target_layer, input_shape, enable_hooks, reshape_transform)
 
 
 class GradCAM(_Extractor):
@@ -243,6 +247,11 @@ class LayerCAM(_Extractor):
 
     method = "layer_cam"
 
+    @staticmethod
+    def _scaled(cam: Tensor) -> Tensor:
+        # Equation 9 of the paper.
+        return torch.tanh(2 * cam)
+
 
 class ScoreCAM(_Extractor):
     """Score-CAM (arXiv 1910.01279), masked as by pytorch-grad-cam.
@@ -253,6 +262,7 @@ class ScoreCAM(_Extractor):
         batch_size: not needed: passes are bounded by memory.
         input_shape: not needed.
         enable_hooks: remember the next forward passes.
+        reshape_transform: from what the layers return to (N, C, h, w).
     """
 
     method = "score_cam"
@@ -264,5 +274,6 @@ class ScoreCAM(_Extractor):
         batch_size: int = 32,
         input_shape: tuple[int, ...] = (3, 224, 224),
         enable_hooks: bool = True,
+        reshape_transform: Reshape | None = None,
     ) -> None:
-        super().__init__(model, target_layer, input_shape, enable_hooks)
+        super().__init__(model, target_layer, input_shape, enable_hooks, reshape_transform)

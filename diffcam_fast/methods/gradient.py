@@ -70,15 +70,18 @@ class GradientMethod(Method):
     def reduced(self, activations: Tensor, gradients: Tensor, relu: bool) -> Tensor:
         """The map (N, T, h, w) of A (N, C, h, w) and G (N, T, C, h, w)."""
         if self.eigen_smooth:
-            n, t, c, h, w = gradients.shape
-            # What a channel adds to the map is the map of that channel alone.
-            alone = gradients.transpose(1, 2).reshape(n * c, t, 1, h, w)
-            each = ops.gradient_cam(
-                activations.reshape(n * c, 1, h, w), alone, self.reduction, False
-            )
-            return principal(each.view(n, c, t, h, w).transpose(1, 2), relu)
+            return principal(self.terms(activations, gradients), relu)
         maps: Tensor = ops.gradient_cam(activations, gradients, self.reduction, relu)
         return maps
+
+    def terms(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """(N, T, C, h, w), what each channel adds to the map: the map of that channel alone."""
+        n, t, c, h, w = gradients.shape
+        alone = gradients.transpose(1, 2).reshape(n * c, t, 1, h, w)
+        each: Tensor = ops.gradient_cam(
+            activations.reshape(n * c, 1, h, w), alone, self.reduction, False
+        )
+        return each.view(n, c, t, h, w).transpose(1, 2)
 
 
 @dataclass(frozen=True)
