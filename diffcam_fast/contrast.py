@@ -118,6 +118,12 @@ class Contrast:
             else f"{name} against {','.join(map(str, self.reference))}"
         )
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether `value` is linear in the logits: d is the same whatever they are."""
+        t = self.temperature
+        return self.weights is not None or t is None or t > torch.finfo(torch.float32).max
+
     def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:
         """d = dS/dz, (N, T, K) float32 (float64 for float64 logits), from logits (N, K) and targets
         (N, T) int64.

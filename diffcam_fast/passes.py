@@ -79,12 +79,16 @@ class HeadPasses:
 
     network: Network
     images: Tensor
-    _whole: bool = field(default=False, init=False)
+    _alone: bool | None = field(default=None, init=False)
 
-    def row_bytes(self, activations: Tensor) -> int:
-        """What a pass takes for one row: most heads hold less than their input a few times."""
-        own = activations[:1].numel() * activations.element_size() * _VALUES_AT_ONCE
-        return row_bytes(self.network, self.images) if self._whole else own
+    def row_bytes(self, outputs: Tensor) -> int:
+        """What a pass takes for one row of what the layer returns; runs the first of them to know
+        whether the features can be left out. Most heads hold less than their input a few times.
+        """
+        if self._alone is None and len(outputs):
+            self(outputs[:1], torch.zeros(1, dtype=torch.int64, device=outputs.device))
+        own = outputs[:1].numel() * outputs.element_size() * _VALUES_AT_ONCE
+        return own if self._alone else row_bytes(self.network, self.images)
 
     def __call__(self, outputs: Tensor, rows: Tensor) -> tuple[Tensor, Any]:
         """Logits (M, K) and what the model returns.
@@ -93,15 +97,16 @@ class HeadPasses:
             outputs: (M, ...), as the layer returns them.
             rows: (M,) int64, of which image each is a variant.
         """
-        if not self._whole:
+        if self._alone is not False:
             try:
                 logits, output = self._run(self._nothing(len(rows)), outputs, _Meta())
                 if not logits.is_meta:
+                    self._alone = True
                     return logits, output
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-            self._whole = True
+            self._alone = False
         return self._run(self.images[rows], outputs, None)
 
     def _nothing(self, count: int) -> Tensor:

@@ -23,7 +23,6 @@ from diffcam_export.methods import FORMS, Form
 from diffcam_export.methods.component import component
 from diffcam_export.methods.form import Explained
 from diffcam_export.methods.value import (
-    is_linear,
     linear_value,
     lost_value,
     of_whole_images,
@@ -272,7 +271,7 @@ def test_values_are_those_of_the_contrast(contrast: Contrast) -> None:
     flat = rows.double().mT.flatten(0, 1)
     expected = contrast.value(flat, targets.repeat_interleave(6, 0)).view(5, 6)
     options: dict[str, Any] = {"equal_nan": True, "rtol": 1e-5, "atol": 1e-5}
-    if is_linear(contrast):
+    if contrast.is_linear:
         one = made(lambda at, x: linear_value(at, at.logits))
         assert torch.allclose(one.double(), expected[:, :1], **options)
         return

@@ -55,7 +55,8 @@ def test_masked_activations_pass_the_head_alone() -> None:
         before.rows.clear(), behind.rows.clear()
         explainer(images())
         assert before.rows == [3]
-        assert sum(behind.rows) == passes + 3
+        # The plain pass, and one row to see that the head runs alone.
+        assert sum(behind.rows) == passes + 3 + 1
 
 
 def test_masked_images_pass_once_whatever_the_number_of_targets() -> None:
@@ -78,7 +79,7 @@ def test_dead_channels_cost_no_pass() -> None:
         explainer = Explainer(model, layer="0", method=method, example_inputs=images())
         behind.rows.clear()
         explainer(images(), 1)
-        assert sum(behind.rows) == 3 + 3 * 3
+        assert sum(behind.rows) == 3 + 3 * 3 + (method == "ablation_cam")
 
 
 class Skipping(nn.Module):
@@ -127,6 +128,28 @@ def test_where_the_features_cannot_be_left_out_the_whole_network_runs(model: Ski
             expected[:, 0, i, j] = logits(alone).softmax(dim=1)[:, 2]
     got = Explainer(model, layer="layer", method="recipro_cam")(x, 2)
     assert relative_error(got.maps, expected) < 1e-5
+
+
+def test_the_whole_network_keeps_to_the_memory_too() -> None:
+    class Wide(Looking):
+        """Its stem makes four times what its layer returns."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 32, 3, padding=1)
+            self.layer = nn.Conv2d(32, 8, 3, padding=1)
+            self.eval()
+
+    model = Wide()
+    rows: list[int] = []
+    model.stem.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    # Four values of 32 x 10 x 12 floats are 61 kB.
+    explainer = Explainer(
+        model, layer="layer", method="recipro_cam", memory=250_000, example_inputs=images()
+    )
+    rows.clear()
+    explainer(images())
+    assert max(rows) == 4
 
 
 def test_a_bar_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

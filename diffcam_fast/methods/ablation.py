@@ -10,6 +10,7 @@ from diffcam_fast.methods.masked import head_values
 from diffcam_fast.network import Call, Maps, plain_float32
 from diffcam_fast.passes import in_pieces
 from diffcam_fast.targets import ClassTarget
+from diffcam_kernels.reference import accumulate_dtype
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class AblationCAM(Method):
             alive = (activations != 0).flatten(2).any(dim=2)
         if weight is not None and isinstance(target, ClassTarget):
             with plain_float32(activations):
-                lost = _closed_form(split.logits, activations, weight.float(), target, call.memory)
+                lost = _closed_form(split.logits, activations, weight, target, call.memory)
             how = "closed form"
         else:
             pairs = alive.nonzero()
@@ -58,16 +59,23 @@ def _closed_form(
 ) -> Tensor:
     """(N, C, T): without channel k a pooled linear head says z - W_k mean(A_k)."""
     n, c = activations.shape[:2]
-    means = activations.float().mean(dim=(2, 3)).flatten()
-    rows = torch.arange(n, device=means.device).repeat_interleave(c)
-    channels = torch.arange(c, device=means.device).repeat(n)
-    z = logits.float()
-    whole = target.values(z, None, torch.arange(n, device=means.device))
-    row_bytes = 4 * 4 * z.shape[1] * max(1, whole.shape[1])
+    dtype = accumulate_dtype(logits, activations, weight)
+    z, weight = logits.to(dtype), weight.to(dtype)
+    means = activations.to(dtype).mean(dim=(2, 3))
+    if target.of.is_linear:
+        return (target.of.gradient(z, target.classes) @ weight * means[:, None]).mT
+    # The score does not move with all logits; near 0 less of what they lose is rounded away.
+    z = z - z.amax(dim=1, keepdim=True)
+    rows = torch.arange(n, device=z.device).repeat_interleave(c)
+    channels = torch.arange(c, device=z.device).repeat(n)
+    whole = target.values(z, None, torch.arange(n, device=z.device))
+    row_bytes = 4 * z.element_size() * z.shape[1] * whole.shape[1]
     lost = [
         whole[rows[piece]]
         - target.values(
-            z[rows[piece]] - weight.T[channels[piece]] * means[piece, None], None, rows[piece]
+            z[rows[piece]] - weight.T[channels[piece]] * means.flatten()[piece, None],
+            None,
+            rows[piece],
         )
         for piece in in_pieces(n * c, row_bytes, memory)
     ]

@@ -42,7 +42,7 @@ def head_values(
     layout = call.network.found.layout
     scores: list[Tensor] = []
     with bar(len(pairs), what, call.progress) as shown:
-        for piece in in_pieces(len(pairs), passes.row_bytes(activations), call.memory):
+        for piece in in_pieces(len(pairs), passes.row_bytes(returned), call.memory):
             rows, masks = pairs[piece].unbind(1)
             with plain_float32(activations):
                 cells = masked(rows, masks)

@@ -12,6 +12,7 @@ from diffcam_fast.methods.masked import head_values
 from diffcam_fast.network import Call, Maps, plain_float32
 from diffcam_fast.passes import in_pieces
 from diffcam_fast.targets import ClassTarget, Target
+from diffcam_kernels.reference import accumulate_dtype
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class ReciproCAM(Method):
             target = call.asked.of(split.logits, split.output)
         if weight is not None and isinstance(target, ClassTarget):
             with plain_float32(activations):
-                bias = split.logits.float() - activations.float().mean((2, 3)) @ weight.float().T
-                scores = _closed_form(activations, weight.float(), bias, target, call.memory)
+                scores = _closed_form(split.logits, activations, weight, target, call.memory)
             how = "closed form"
         else:
             pairs = torch.cartesian_prod(torch.arange(n), torch.arange(h * w))
@@ -59,22 +59,25 @@ class ReciproCAM(Method):
 
 
 def _closed_form(
-    activations: Tensor, weight: Tensor, bias: Tensor, target: ClassTarget, memory: int
+    logits: Tensor, activations: Tensor, weight: Tensor, target: ClassTarget, memory: int
 ) -> Tensor:
     """(N P, T): with all else 0 the pooled linear head says W A_ij / P + b."""
-    cells = activations.float().flatten(2).mT.flatten(0, 1)
-    p = activations.shape[2] * activations.shape[3]
-    rows = torch.arange(len(activations), device=cells.device).repeat_interleave(p)
+    dtype = accumulate_dtype(logits, activations, weight)
+    weight = weight.to(dtype)
+    shares = activations.to(dtype).flatten(2) / (activations.shape[2] * activations.shape[3])
+    bias = logits.to(dtype) - shares.sum(dim=2) @ weight.T
+    rows = torch.arange(len(shares), device=shares.device).repeat_interleave(shares.shape[2])
+    cells = shares.mT.flatten(0, 1)
     # The logits, and a few values of their size.
-    row_bytes = 4 * 4 * (weight.shape[0] * max(1, target.scores.shape[1]) + weight.shape[1])
+    logit_bytes = weight.shape[0] * target.scores.shape[1] + weight.shape[1]
     scores = [
-        _scores(target, cells[piece] @ weight.T / p + bias[rows[piece]], None, rows[piece])
-        for piece in in_pieces(len(cells), row_bytes, memory)
+        _scores(target, cells[piece] @ weight.T + bias[rows[piece]], None, rows[piece])
+        for piece in in_pieces(len(cells), 4 * shares.element_size() * logit_bytes, memory)
     ]
     return torch.cat(scores) if scores else target.scores.new_zeros((0, target.scores.shape[1]))
 
 
 def _scores(target: Target, logits: Tensor, output: Any, rows: Tensor) -> Tensor:
     if isinstance(target, ClassTarget) and target.contrast == "none":
-        return logits.float().softmax(dim=1).gather(1, target.classes[rows])
+        return logits.to(accumulate_dtype(logits)).softmax(dim=1).gather(1, target.classes[rows])
     return target.values(logits, output, rows)

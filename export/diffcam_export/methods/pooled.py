@@ -6,7 +6,7 @@ from diffcam_export.analysis import Found
 from diffcam_export.emit import Emitter
 from diffcam_export.layer import cell_count, cells, class_rows
 from diffcam_export.methods.form import Explained
-from diffcam_export.methods.value import is_linear, linear_value, lost_value, of_whole_images, value
+from diffcam_export.methods.value import linear_value, lost_value, of_whole_images, value
 from diffcam_export.reductions import weighted
 
 
@@ -23,7 +23,7 @@ def recipro_cam(at: Explained, found: Found) -> ir.Value:
     shares = emit("Div", a, cell_count(emit, a))
     spoken = emit("MatMul", _means(emit, a), emit("Transpose", w, perm=[1, 0]))
     bias = emit("Sub", at.logits, spoken)
-    if at.contrast.name != "none" and is_linear(at.contrast):
+    if at.contrast.name != "none" and at.contrast.is_linear:
         cellwise = weighted(emit, emit("MatMul", at.d, w), shares)
         return emit("Add", cellwise, linear_value(at, bias))
     # A convolution takes batches without an image, which a product of W and A does not.
@@ -42,7 +42,7 @@ def ablation_cam(at: Explained, found: Found) -> ir.Value:
     emit = at.emit
     a, w = cells(emit, found.layer, found), class_rows(emit, found)
     means = emit("Unsqueeze", _means(emit, a), emit.ints(1))
-    if is_linear(at.contrast):
+    if at.contrast.is_linear:
         return weighted(emit, emit("Mul", emit("MatMul", at.d, w), means), a)
     # The score does not move with all logits; near 0 less of what they lose is rounded away.
     z = emit("Sub", at.logits, emit("ReduceMax", at.logits, emit.ints(1), keepdims=1))

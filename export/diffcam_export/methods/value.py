@@ -12,7 +12,6 @@ import onnx_ir as ir
 
 from diffcam_export.contrast import (
     COLDEST,
-    HOTTEST,
     numbered,
     reference_mask,
     with_nan_of,
@@ -20,15 +19,8 @@ from diffcam_export.contrast import (
 from diffcam_export.emit import Emitter
 from diffcam_export.layer import cast
 from diffcam_export.methods.form import Explained
-from diffcam_fast.contrast import Contrast
 
 _BOOL, _FLOAT = ir.DataType.BOOL, ir.DataType.FLOAT
-
-
-def is_linear(contrast: Contrast) -> bool:
-    """Whether F is linear in the logits."""
-    t = contrast.temperature
-    return contrast.weights is not None or t is None or t > HOTTEST
 
 
 def linear_value(at: Explained, logits: ir.Value) -> ir.Value:
