@@ -100,7 +100,7 @@ def _masked_passes(network: nn.Module, layer: str) -> Peer:
                     lambda module, args, output, masked=masked: masked
                 )
                 try:
-                    # The features are not what is measured: an image of one pixel costs nothing.
+                    # The features are not what is measured: those of a small crop cost little.
                     logits = network(images[:1, :, :32, :32])
                 finally:
                     hook.remove()
