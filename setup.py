@@ -29,6 +29,9 @@ DEMO = [
     "scikit-learn>=1.5",
 ]
 BENCH = ["grad-cam>=1.5.5", "torchcam>=0.5", "captum>=0.9"]
+RAY = ["ray[data]>=2.50"]
+SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "python-multipart>=0.0.18", "uvicorn>=0.32"]
+WATCH = ["watchfiles>=1.0"]
 
 setup(
     name="diffcam-fast",
@@ -68,18 +71,28 @@ setup(
         "models": MODELS,
         "demo": [*MODELS, *DEMO],
         "bench": [*MODELS, *BENCH],
+        "ray": RAY,
+        "serve": SERVE,
+        "watch": WATCH,
         # setuptools: a test builds the wheel without fetching a build environment.
         "test": [
             *MODELS,
             *DEMO,
             *BENCH,
+            *RAY,
+            *SERVE,
+            *WATCH,
+            "datasets>=3",
+            "httpx>=0.27",
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "schemathesis>=4",
             "selenium>=4.20",
             "setuptools>=77",
             # The schema that config.pbtxt is checked against.
             "tritonclient>=2.60",
+            "webdataset>=0.2.100",
         ],
         "dev": ["mypy==2.4.1", "ruff==0.17.6"],
     },
