@@ -1,7 +1,8 @@
 """The engine: images and targets in, maps out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ from diffcam_fast.running import pick_logits, unwrap
 from diffcam_fast.split import Output
 from diffcam_fast.targets import Asked, Targets
 from diffcam_kernels.settings import uses_kernels
+
+if TYPE_CHECKING:
+    from diffcam_fast.images.preprocess import Preprocess
+    from diffcam_fast.stream import Profile, Streamed
 
 
 class Explainer:
@@ -224,6 +229,43 @@ class Explainer:
             method=self._method.name,
             contrast=made.target.contrast,
             layer_maps=tuple(m.float() for m in made.maps),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        first = next(self._model.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def stream(
+        self,
+        source: Iterable[Any],
+        *,
+        preprocess: "Preprocess | None" = None,
+        batch_size: int = 16,
+        targets: int | Sequence[int] = (),
+        topk: int | None = None,
+        workers: int | None = None,
+        timeout: float | None = None,
+        pictures: bool = False,
+        profile: "Profile | None" = None,
+    ) -> "Iterator[Streamed]":
+        """Explains what a source yields, in order, while it reads on: see
+        `diffcam_fast.stream.stream`, whose arguments these are.
+        """
+        from diffcam_fast.stream import stream
+
+        return stream(
+            self,
+            source,
+            preprocess=preprocess,
+            batch_size=batch_size,
+            targets=targets,
+            topk=topk,
+            workers=workers,
+            timeout=timeout,
+            pictures=pictures,
+            profile=profile,
         )
 
     def _maps(self, images: Tensor, asked: Asked) -> tuple[Maps, Tensor]:

@@ -117,6 +117,16 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     is_flag=True,
     help="Go on where an earlier run stopped; failed images and deleted outputs are made again.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds that reading one image may take; one that takes longer counts as failed.",
+)
+@click.option(
+    "--profile", is_flag=True, help="Say how busy each stage was, and which one is the limit."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why.")
 def explain(
@@ -140,6 +150,8 @@ def explain(
     cmap: str,
     text_list: Path | None,
     resume: bool,
+    timeout: float,
+    profile: bool,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -181,6 +193,8 @@ def explain(
                 labels=labels,
                 cmap=cmap,
                 resume=resume,
+                timeout=timeout,
+                profile=profile,
             )
             job, summary, page = execute(request, console)
         except KeyboardInterrupt:
@@ -206,9 +220,10 @@ def execute(request: "Request", console: Console) -> "tuple[Job, Summary, Path |
         click.ClickException: The run could not go on: no memory, no space, no permission.
     """
     from diffcam_fast.cli.job import prepare
-    from diffcam_fast.cli.run import OutOfMemory, ResumeError, run
+    from diffcam_fast.cli.run import ResumeError, run
     from diffcam_fast.cli.summary import write_run_report
     from diffcam_fast.running import is_out_of_memory
+    from diffcam_fast.stream import OutOfMemory
 
     try:
         job = prepare(request, console)

@@ -60,6 +60,8 @@ class Request:
         size: Height and width of the network's input; None: the model's own.
         labels: A file of class names in place of the model's.
         resume: Go on where an earlier run into ``out`` stopped.
+        timeout: Seconds that reading one image may take.
+        profile: Tell how busy each stage was.
     """
 
     inputs: tuple[str, ...]
@@ -82,6 +84,8 @@ class Request:
     labels: Path | None = None
     cmap: str = "turbo"
     resume: bool = False
+    timeout: float = 60.0
+    profile: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from diffcam_fast.explanation import Explanation
-from diffcam_fast.images.preprocess import Preprocess
+from diffcam_fast.images.preprocess import AsItIs, Preprocess
 from diffcam_fast.models.labels import imagenet_labels
 from diffcam_fast.models.loading import check_device
 from diffcam_fast.targets import Targets
@@ -52,14 +49,6 @@ class Described:
     device: str
     choices: tuple[str, ...]
     assumed: str | None = None
-
-
-class AsItIs(Preprocess):
-    """For a file that resizes and normalises itself: the whole picture, uint8 (H, W, 3)."""
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """The pixels of one image."""
-        return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def open_explained(request: "Request") -> tuple[Described, Explains]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import struct
@@ -66,6 +67,23 @@ def read_image(
         raise ImageError(f"cannot be read: {_plain(error)}") from error
 
 
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> Image.Image:
+    """As `read_image`, of a file that is in memory already.
+
+    Args:
+        data: What the file holds.
+        max_pixels: As `read_image` takes it.
+        max_bytes: More are refused.
+
+    Raises:
+        ImageError: Whatever is wrong with the data, in a few plain words.
+    """
+    _check_length(len(data), max_bytes)
+    return _decode(io.BytesIO(data), max_pixels)
+
+
 def _check_file(path: Path, max_bytes: int) -> None:
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
@@ -74,11 +92,15 @@ def _check_file(path: Path, max_bytes: int) -> None:
     # Opening a pipe would wait for its writer for ever.
     if not stat.S_ISREG(status.st_mode):
         raise ImageError("not a regular file")
-    if status.st_size == 0:
+    _check_length(status.st_size, max_bytes)
+
+
+def _check_length(length: int, max_bytes: int) -> None:
+    if length == 0:
         raise ImageError("empty file")
-    if status.st_size > max_bytes:
+    if length > max_bytes:
         raise ImageError(
-            f"too large: {status.st_size / 2**20:.1f} MiB, the limit is {max_bytes / 2**20:.1f} MiB"
+            f"too large: {length / 2**20:.1f} MiB, the limit is {max_bytes / 2**20:.1f} MiB"
         )
 
 
