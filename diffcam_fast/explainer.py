@@ -1,7 +1,7 @@
 """The engine: images and targets in, maps out."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,33 @@ from diffcam_kernels.settings import uses_kernels
 if TYPE_CHECKING:
     from diffcam_fast.images.preprocess import Preprocess
     from diffcam_fast.stream import Profile, Streamed
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an explainer was made of: see `Explainer`, whose arguments these are.
+
+    Attributes:
+        model: unwrapped.
+        layers: dotted names of the target layers.
+        method: with its settings.
+        contrast: as it was parsed.
+        relu: negative cells are clipped.
+        fuse: how maps of several layers become one.
+        augment: views of each image, or None.
+        output: what finds the logits; `pick_logits` where none was given.
+        examples: shape (C, H, W) of the images that the layers were found with.
+    """
+
+    model: nn.Module
+    layers: tuple[str, ...]
+    method: Method
+    contrast: Contrast
+    relu: bool
+    fuse: Fuse
+    augment: Augment | None
+    output: Output
+    examples: tuple[int, ...]
 
 
 class Explainer:
@@ -137,6 +164,25 @@ class Explainer:
             AnalysisError: as for `layer`.
         """
         return self._inspections.first[0]
+
+    @property
+    def setup(self) -> Setup:
+        """What the explainer was made of.
+
+        Raises:
+            AnalysisError: as for `layer`.
+        """
+        return Setup(
+            model=self._model,
+            layers=self._inspections.names,
+            method=self._method,
+            contrast=self._contrast,
+            relu=self._relu,
+            fuse=self._fuse,
+            augment=self._augment,
+            output=self._output,
+            examples=tuple(int(side) for side in self.inspect().input_shape),
+        )
 
     @property
     def fitted(self) -> tuple[Tensor, ...]:

@@ -100,6 +100,14 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
 @click.option(
+    "--backend",
+    type=click.Choice(("auto", "torch", "onnxruntime")),
+    default="auto",
+    show_default=True,
+    help="Runtime on the CPU. auto: the faster one; a file is exported and kept where there are"
+    " images enough, and used by later runs.",
+)
+@click.option(
     "--labels",
     type=_FILE,
     help="Class names, one a line or JSON, in place of the model's."
@@ -146,6 +154,7 @@ def explain(
     size: str | None,
     batch_size: int,
     device: str | None,
+    backend: Literal["auto", "torch", "onnxruntime"],
     labels: Path | None,
     cmap: str,
     text_list: Path | None,
@@ -190,6 +199,7 @@ def explain(
                 size=size,
                 batch_size=batch_size,
                 device=device,
+                backend=backend,
                 labels=labels,
                 cmap=cmap,
                 resume=resume,

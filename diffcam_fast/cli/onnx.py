@@ -12,6 +12,7 @@ from diffcam_fast.models.loading import check_device
 from diffcam_fast.targets import Targets
 
 if TYPE_CHECKING:
+    from diffcam_export.explainer import OnnxExplainer
     from diffcam_fast.cli.job import Request
 
 
@@ -95,6 +96,16 @@ def open_explained(request: "Request") -> tuple[Described, Explains]:
             f"--topk is {request.topk}, but {request.model} has maps of the best "
             f"{explainer.maps_per_image}; export it with more"
         )
+    return describe(explainer, request.model), explainer
+
+
+def describe(explainer: "OnnxExplainer", name: str) -> Described:
+    """What a run asks of an explained ONNX file.
+
+    Args:
+        explainer: of the file.
+        name: what the user calls it.
+    """
     facts = explainer.inspect()
     known = facts.preprocess or Preprocess(size=(224, 224))
     if facts.baked:
@@ -105,7 +116,7 @@ def open_explained(request: "Request") -> tuple[Described, Explains]:
     assumed = None
     if facts.preprocess is None:
         assumed = (
-            f"{request.model} does not tell how photographs are prepared for it; as for ImageNet's"
+            f"{name} does not tell how photographs are prepared for it; as for ImageNet's"
             " networks: short side, centre crop, ImageNet's mean and deviation. To have it told,"
             " export with --preprocess"
         )
@@ -116,8 +127,5 @@ def open_explained(request: "Request") -> tuple[Described, Explains]:
         f"layer: {explainer.layer}, of {facts.source or 'a model without a name'}",
         f"maps: {', '.join(facts.heads)}, as diffcam-fast {facts.version} exported it",
     )
-    device_name = str(explainer.device)
-    return (
-        Described(known, labels, request.model, facts.baked, device_name, choices, assumed),
-        explainer,
-    )
+    device = str(explainer.device)
+    return Described(known, labels, name, facts.baked, device, choices, assumed)

@@ -16,7 +16,7 @@ from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import AsItIs, Preprocess
 from diffcam_fast.stream import Profile, Streamed, stream
 from diffcam_fast.targets import Targets, resolve_targets
-from diffcam_kernels import ops
+from diffcam_kernels import ops, reference
 
 TARGETS = "targets"
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -237,7 +237,12 @@ class OnnxExplainer:
         if self._facts.probabilities:
             logits = logits.float().clamp_min(_SMALLEST).log()
         operands = self._facts.contrast.operands(logits, classes)
-        _, _, scores = ops.contrast_gradient(logits, classes, *operands)
+        if logits.device.type == "cpu":
+            # The definition itself: the operator would import PyTorch's compiler, for a second.
+            gradient = reference.contrast_gradient(logits, classes, *operands)
+            scores = reference.contrast_score(logits, gradient)
+        else:
+            _, _, scores = ops.contrast_gradient(logits, classes, *operands)
         return Explanation(
             logits=logits,
             targets=classes,
