@@ -44,7 +44,7 @@ def fast_file(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_same_maps_from_a_file(tmp_path: Path, network: Any, options: dict[str, Any]) -> None:
     explainer = explainer_of(network(), **options)
-    found = accelerate(explainer, cache=tmp_path, batch_size=2)
+    found = accelerate(explainer, targets="input", cache=tmp_path, batch_size=2)
     assert isinstance(found.explainer, OnnxExplainer)
     assert found.reason == "onnxruntime takes 0.50 of the time of torch (2 images at a time)"
     choices: list[Any] = [[[0, 2]] * 4]
@@ -69,6 +69,18 @@ def test_the_k_best(tmp_path: Path) -> None:
     expected, made = explainer(IMAGES, topk=3), found.explainer(IMAGES, topk=3)
     assert torch.equal(made.targets, expected.targets)
     assert networks.relative_error(made.maps, expected.maps) < 1e-5
+
+
+@pytest.mark.usefixtures("fast_file")
+def test_a_contrast_with_classes_of_its_own(tmp_path: Path) -> None:
+    explainer = explainer_of(networks.with_mlp(), contrast=Contrast(reference=(1, 3)))
+    found = accelerate(explainer, cache=tmp_path)
+    assert isinstance(found.explainer, OnnxExplainer)
+    made, expected = found.explainer(IMAGES, 0), explainer(IMAGES, 0)
+    assert networks.relative_error(made.maps, expected.maps) < 1e-5
+    assert isinstance(accelerate(explainer, topk=2, cache=tmp_path).explainer, Explainer)
+    with pytest.raises(ValueError, match="topk=2 excludes targets='input'"):
+        accelerate(explainer, topk=2, targets="input", cache=tmp_path)
 
 
 @pytest.mark.usefixtures("fast_file")

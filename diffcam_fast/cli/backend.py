@@ -67,6 +67,7 @@ def accelerated(
     fastest = accelerate(
         explainer,
         backend=request.backend,
+        targets="input" if request.targets else "predicted",
         topk=request.topk,
         batch_size=request.batch_size,
         preprocess=loaded.preprocess,
@@ -99,6 +100,7 @@ def _name(request: Request) -> dict[str, Any] | None:
         "contrast": request.contrast,
         "temperature": request.temperature,
         "size": request.size,
+        "targets": bool(request.targets),
         "topk": request.topk,
         "batch size": request.batch_size,
         "backend": request.backend,

@@ -49,6 +49,7 @@ def accelerate(
     explainer: Explainer,
     *,
     backend: Backend = "auto",
+    targets: Literal["predicted", "input"] = "predicted",
     topk: int | None = None,
     batch_size: int = 16,
     threads: int | None = None,
@@ -66,8 +67,9 @@ def accelerate(
     Args:
         explainer: to make faster; it stays as it is.
         backend: `auto`: the faster of both; `onnxruntime` or `torch`: this one.
-        topk: the file explains the k best classes of each image; None: the predicted class, and
-            classes that a call asks for.
+        targets: `predicted`: calls explain the predicted class alone; `input`: any classes, which
+            costs time where the head has no closed form.
+        topk: calls explain the k best classes of each image instead.
         batch_size: that both are timed with.
         threads: for the work inside an operator; None: all processors.
         cache: folder of exported files; None: `DIFFCAM_CACHE`, or `diffcam-fast` in the user's
@@ -90,9 +92,15 @@ def accelerate(
         raise ValueError(f"backend must be 'auto', 'torch' or 'onnxruntime', got {backend!r}")
     if backend == "torch":
         return Fastest(explainer, "torch was asked for")
+    if topk is not None and targets == "input":
+        raise ValueError(f"topk={topk} excludes targets='input'; leave one out")
     reason = _obstacle(explainer)
+    if reason is None and _allowed(explainer.setup.contrast) is not None:
+        # The check on random images needs a class that is none of the contrast's own.
+        targets = "input"
+        reason = None if topk is None else "the best classes may be those of the contrast"
     if reason is None:
-        candidate = _Candidate(explainer, topk, batch_size, threads, preprocess, labels)
+        candidate = _Candidate(explainer, targets, topk, batch_size, threads, preprocess, labels)
         found = candidate.opened(Cache(cache))
         if isinstance(found, Fastest):
             return candidate.forced(found) if backend == "onnxruntime" else found
@@ -123,6 +131,7 @@ class _Candidate:
     """An explainer as an exported file."""
 
     explainer: Explainer
+    targets: Literal["predicted", "input"]
     topk: int | None
     batch_size: int
     threads: int | None
@@ -150,6 +159,7 @@ class _Candidate:
         return {
             "model": digest_of(setup.model),
             **_options(setup),
+            "targets": self.targets,
             "topk": self.topk,
             "batch_size": self.batch_size,
             "threads": self.threads,
@@ -172,7 +182,7 @@ class _Candidate:
             method=setup.method.name,
             contrast=setup.contrast,
             relu=setup.relu,
-            targets="input" if self.topk is None else "predicted",
+            targets=self.targets,
             topk=self.topk,
             preprocess=self.preprocess,
             labels=self.labels,
@@ -189,9 +199,11 @@ class _Candidate:
             return str(error)
         images = self._images(2)
         expected = self._explained(self.explainer, images)
-        # Of the classes that PyTorch found: where two logits are equal either may be the largest.
-        targets = None if self.topk is not None else expected.targets
-        made = file(images, targets, topk=self.topk)
+        if self.targets == "input":
+            # Of the classes that PyTorch found: of two equal logits either may be the largest.
+            made = file(images, expected.targets)
+        else:
+            made = self._explained(file, images)
         off = _relative(made.maps, expected.maps)
         if not off <= _TOLERANCE:
             return f"its exported maps are off by {off:.1e}, more than {_TOLERANCE:.0e}"
@@ -222,9 +234,9 @@ class _Candidate:
         return statistics.median(taken["file"]), statistics.median(taken["torch"])
 
     def _explained(self, explain: Explainer | OnnxExplainer, images: Tensor) -> Explanation:
-        """Of a class that the contrast takes as a target, whatever the network predicts."""
+        """Of a class that the contrast takes as a target, where one may be asked for."""
         allowed = _allowed(self.explainer.setup.contrast)
-        if allowed is None or self.topk is not None:
+        if allowed is None or self.targets != "input":
             return explain(images, topk=self.topk)
         return explain(images, allowed)
 
