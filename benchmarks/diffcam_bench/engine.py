@@ -35,6 +35,7 @@ from diffcam_fast.images.read import read_image
 from diffcam_fast.stream import Explains, stream
 
 OURS, PLAIN, READING = "diffcam-fast", "plain inference", "reading and decoding alone"
+HEATMAPS = f"{OURS}, heatmaps of the images' size"
 METHOD = "grad_cam"
 TARGETS = 5
 # What the issue of throughput asks for, as our rate over theirs at least.
@@ -275,12 +276,13 @@ class _Candidates:
 
     @contextmanager
     def cases(self, source: str, *, peers: bool) -> Iterator[dict[str, Case]]:
-        """What is timed, by its name; each explains all images once, to heatmaps of their size."""
-        sides = (self._batch.shape[2], self._batch.shape[3])
+        """What is timed, by its name; each explains all images once. Other libraries make heatmaps
+        of the images' size, as the first one always does.
+        """
         if source == "memory":
             cases = self._streams(self._batch, None)
             cases[f"{OURS}, {TARGETS} targets"] = lambda: _drain(
-                self._several.explainer, self._batch, self._size, topk=TARGETS, heatmaps=sides
+                self._several.explainer, self._batch, self._size, topk=TARGETS
             )
             if self._early is not None:
                 early = self._early.explainer
@@ -300,14 +302,15 @@ class _Candidates:
             )
         if peers:
             for rival, peer in self._rivals().items():
-                cases[rival.library] = lambda peer=peer: _explained(peer, chunks)  # type: ignore[misc]
+                cases[rival.library] = lambda peer=peer: _explained(peer, chunks, self._threads)  # type: ignore[misc]
         yield cases
 
     def _streams(self, source: Any, preprocess: Preprocess | None) -> dict[str, Case]:
         ours, size = self.ours.explainer, self._size
         sides = (self._batch.shape[2], self._batch.shape[3])
         return {
-            OURS: lambda: _drain(ours, source, size, preprocess, heatmaps=sides),
+            OURS: lambda: _drain(ours, source, size, preprocess),
+            HEATMAPS: lambda: _drain(ours, source, size, preprocess, heatmaps=sides),
             PLAIN: lambda: _drain(self._plain, source, size, preprocess),
         }
 
@@ -342,10 +345,11 @@ def _drain(
             one.explanation.heatmaps(heatmaps)
 
 
-def _explained(peer: Peer, chunks: Any) -> None:
+def _explained(peer: Peer, chunks: Any, threads: int) -> None:
     """Of a class that is given: to find the predicted one they would need nothing more, or a
     forward pass more.
     """
+    torch.set_num_threads(threads)
     for chunk in chunks:
         peer(chunk, [0] * len(chunk))
 

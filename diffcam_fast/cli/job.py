@@ -161,6 +161,10 @@ def prepare(request: Request, console: Console) -> Job:
         console.why(f"runtime: {reason}")
     else:
         loaded, explainer = _loaded(request, device, len(sources), console)
+    if device == "cpu" and not isinstance(explainer, Explainer):
+        # ONNX Runtime has the processors. What is left for PyTorch is small, and its threads would
+        # wait for each other.
+        torch.set_num_threads(1)
     with _running(loaded):
         # One image tells the number of classes before any output is touched.
         blank = torch.zeros(1, 3, *loaded.preprocess.size)
