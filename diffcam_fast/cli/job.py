@@ -16,6 +16,7 @@ import torch
 
 from diffcam_fast.cli.console import Console, shortened
 from diffcam_fast.cli.onnx import Described, Explains, open_explained
+from diffcam_fast.contrast import Contrast
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.formats import names_onnx
@@ -161,12 +162,7 @@ def prepare(request: Request, console: Console) -> Job:
             contrast=request.contrast,
             temperature=request.temperature,
         )
-    with _running(loaded):
-        # One image tells the number of classes before any output is touched.
-        blank = torch.zeros(1, 3, *loaded.preprocess.size)
-        if isinstance(loaded, Described) and loaded.single:
-            blank = torch.zeros(1, *loaded.preprocess.size, 3, dtype=torch.uint8)
-        trial = explainer(blank)
+    trial = try_out(loaded, explainer)
     classes = trial.logits.shape[1]
     labels = loaded.labels if request.labels is None else read_labels(request.labels)
     if request.labels is None and labels is not None and len(labels) != classes:
@@ -194,12 +190,25 @@ def prepare(request: Request, console: Console) -> Job:
     )
 
 
+def try_out(loaded: LoadedModel | Described, explainer: Explains) -> Explanation:
+    """Explains one blank image: it tells the number of classes before any output is touched.
+
+    Raises:
+        ValueError: The network fails at this size.
+    """
+    with _running(loaded):
+        blank = torch.zeros(1, 3, *loaded.preprocess.size)
+        if isinstance(loaded, Described) and loaded.single:
+            blank = torch.zeros(1, *loaded.preprocess.size, 3, dtype=torch.uint8)
+        return explainer(blank)
+
+
 def make_explainer(
     loaded: LoadedModel,
     *,
     layer: str | None = None,
     method: str = DEFAULT_METHOD,
-    contrast: str | None = None,
+    contrast: str | Contrast | None = None,
     temperature: float | None = None,
 ) -> Explainer:
     """The explainer of a loaded model at the size of its preprocessing.
@@ -237,7 +246,7 @@ def resized(loaded: _Loaded, size: str | None) -> _Loaded:
     """
     if size is None:
         return loaded
-    return replace(loaded, preprocess=loaded.preprocess.with_size(_size(size)))
+    return replace(loaded, preprocess=loaded.preprocess.with_size(parse_size(size)))
 
 
 @contextmanager
@@ -306,7 +315,12 @@ def _weights(text: str | None) -> Weights:
     return "random" if text == "random" else Path(text)
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width in ``224`` or ``HEIGHTxWIDTH``.
+
+    Raises:
+        ValueError: The text is no size.
+    """
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if match is None:
         raise ValueError(f"--size is {text!r}; give a side such as 224, or HEIGHTxWIDTH")

@@ -22,6 +22,7 @@ from diffcam_fast.images.inputs import Source
 from diffcam_fast.images.read import ImageError, read_image
 from diffcam_fast.models.labels import label_of
 from diffcam_fast.outputs.ledger import Entry, Ledger
+from diffcam_fast.outputs.record import values_of
 from diffcam_fast.outputs.writers import JsonlWriter, ParquetWriter, Record, files_of
 from diffcam_fast.running import is_out_of_memory
 
@@ -303,28 +304,8 @@ class _Loop:
 def _records(
     chunk: Sequence[Decoded], result: Explanation, labels: Sequence[str] | None
 ) -> Iterator[Record]:
-    probabilities = result.probabilities.gather(1, result.targets).cpu().tolist()
-    rows = zip(
-        chunk,
-        result.targets.cpu().tolist(),
-        probabilities,
-        result.scores.cpu().tolist(),
-        result.maps.cpu().numpy(),
-        result.finite.cpu().tolist(),
-        strict=True,
-    )
-    for item, targets, chances, scores, maps, finite in rows:
-        yield Record(
-            source=item.source,
-            targets=targets,
-            labels=[label_of(target, labels) for target in targets],
-            probabilities=chances,
-            scores=scores,
-            maps=maps,
-            heatmaps=None,
-            view=item.view,
-            finite=finite,
-        )
+    for item, values in zip(chunk, values_of(result, labels), strict=True):
+        yield Record(source=item.source, heatmaps=None, view=item.view, **vars(values))
 
 
 def _tops(result: Explanation, labels: Sequence[str] | None) -> list[list[tuple[str, float]]]:

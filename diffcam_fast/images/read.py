@@ -1,7 +1,8 @@
-"""Read one image file into 8-bit RGB, with bounds on bytes and pixels checked before decoding."""
+"""Read one image into 8-bit RGB, with bounds on bytes and pixels checked before decoding."""
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import struct
@@ -27,7 +28,7 @@ _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 262, 0
 
 
 class ImageError(ValueError):
-    """A file that cannot be read as an image; the message is the reason, without the path."""
+    """What cannot be read as an image; the message is the reason, without the path."""
 
 
 def read_image(
@@ -66,6 +67,60 @@ def read_image(
         raise ImageError(f"cannot be read: {_plain(error)}") from error
 
 
+def read_image_bytes(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> Image.Image:
+    """Reads an image file that is in memory already, as :func:`read_image` reads one from a disk.
+
+    Args:
+        data: The whole content of a JPEG, PNG, WebP, BMP, TIFF or GIF file.
+        max_pixels: As for :func:`read_image`.
+        max_bytes: Longer contents are refused before they are looked at.
+
+    Returns:
+        An image of mode ``RGB``.
+
+    Raises:
+        ImageError: Whatever is wrong with the content, in a few plain words.
+
+    Example:
+        >>> read_image_bytes(b"GIF89a")
+        Traceback (most recent call last):
+            ...
+        diffcam_fast.images.read.ImageError: truncated GIF image
+    """
+    _check_length(len(data), max_bytes)
+    return _decode(io.BytesIO(data), max_pixels)
+
+
+def image_from_pixels(pixels: np.ndarray[Any, Any], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image that somebody else decoded, as 8-bit RGB; transparency is composited on white.
+
+    Args:
+        pixels: uint8 of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+        max_pixels: Larger images are refused.
+
+    Returns:
+        An image of mode ``RGB``.
+
+    Raises:
+        ImageError: Another shape or type, or too many pixels.
+
+    Example:
+        >>> image_from_pixels(np.full((2, 3), 7, np.uint8)).getpixel((0, 0))
+        (7, 7, 7)
+    """
+    grey = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 1)
+    if pixels.dtype != np.uint8 or not (grey or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+        raise ImageError(
+            f"pixels are {pixels.dtype} of shape {pixels.shape}, expected uint8 (H, W), (H, W, 3)"
+            " or (H, W, 4)"
+        )
+    height, width = pixels.shape[:2]
+    _check_pixels((width, height), max_pixels)
+    return _to_rgb(Image.fromarray(pixels.reshape(height, width) if grey else pixels))
+
+
 def _check_file(path: Path, max_bytes: int) -> None:
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
@@ -74,11 +129,15 @@ def _check_file(path: Path, max_bytes: int) -> None:
     # Opening a pipe would wait for its writer for ever.
     if not stat.S_ISREG(status.st_mode):
         raise ImageError("not a regular file")
-    if status.st_size == 0:
+    _check_length(status.st_size, max_bytes)
+
+
+def _check_length(length: int, max_bytes: int) -> None:
+    if length == 0:
         raise ImageError("empty file")
-    if status.st_size > max_bytes:
+    if length > max_bytes:
         raise ImageError(
-            f"too large: {status.st_size / 2**20:.1f} MiB, the limit is {max_bytes / 2**20:.1f} MiB"
+            f"too large: {length / 2**20:.1f} MiB, the limit is {max_bytes / 2**20:.1f} MiB"
         )
 
 
@@ -144,7 +203,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "CMYK":
         return _cmyk_to_rgb(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -158,7 +217,7 @@ def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     return _keep_exif(rgb, image)
 
 
-def _cmyk_to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
     # Pillow inverts every CMYK JPEG, as Adobe writes them; one without Adobe's marker is upright.
     if image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         upright = Image.merge("CMYK", [band.point(lambda v: 255 - v) for band in image.split()])
@@ -166,7 +225,7 @@ def _cmyk_to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     return _keep_exif(image.convert("RGB"), image)
 
 
-def _deep_grey_to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     """Scales 16-bit, 32-bit and float grey to 8 bits; ``image.convert`` would clip it at 255."""
     values = np.asarray(image)
     if image.mode == "F":
@@ -195,7 +254,7 @@ def _scale_wide(values: np.ndarray[Any, Any], *, limits: Sequence[float]) -> np.
     return np.rint(scaled).astype(np.uint8)
 
 
-def _white_is_zero(image: ImageFile.ImageFile) -> bool:
+def _white_is_zero(image: Image.Image) -> bool:
     tags = getattr(image, "tag_v2", {})
     return bool(tags.get(_PHOTOMETRIC_TAG, 1) == _WHITE_IS_ZERO)
 
