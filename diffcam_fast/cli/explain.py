@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from diffcam_fast.cli.cluster import check_engine, cluster_options, run_on_ray, tell
 from diffcam_fast.cli.console import Console, printable
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     help="Output folder.  [default: beside a single image, else diffcam-out; with --report,"
     " --resume, jsonl or parquet always diffcam-out]",
 )
@@ -117,13 +118,16 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     is_flag=True,
     help="Go on where an earlier run stopped; failed images and deleted outputs are made again.",
 )
+@cluster_options
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why.")
+@click.pass_context
 def explain(
+    context: click.Context,
     inputs: tuple[str, ...],
     model: str | None,
     weights: str | None,
-    out: Path | None,
+    out: str | None,
     formats: tuple[str, ...],
     overlay: Literal["side", "blend"],
     report: bool,
@@ -140,6 +144,11 @@ def explain(
     cmap: str,
     text_list: Path | None,
     resume: bool,
+    engine: str,
+    ray_address: str | None,
+    actors: int | None,
+    actor_cpus: int | None,
+    actor_gpus: float | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -155,6 +164,14 @@ def explain(
       diffcam explain photos/ -m torchvision:resnet50 --weights w.safetensors -o out/ --report
     """  # noqa: D301 - click takes the control character for: do not rewrap
     console = Console(verbose)
+    check_engine(context)
+    if engine == "ray":
+        with stopping_on_signals():
+            outcome = run_on_ray(context.params, console)
+        if outcome is None:
+            raise click.exceptions.Exit(INTERRUPTED)
+        tell(outcome, as_json=as_json)
+        raise click.exceptions.Exit(SOME_FAILED if outcome.failed else 0)
     with stopping_on_signals():
         try:
             # Here, not above: PyTorch takes seconds to import, and --help needs none of it.
@@ -165,7 +182,7 @@ def explain(
                 text_list=text_list,
                 model=model,
                 weights=weights,
-                out=out,
+                out=None if out is None else Path(out),
                 formats=formats,
                 overlay=overlay,
                 report=report,

@@ -151,7 +151,7 @@ def prepare(request: Request, console: Console) -> Job:
         if described.single:
             request = replace(request, batch_size=1)
     else:
-        network = load_model(request.model, weights=_weights(request.weights), device=device)
+        network = load_model(request.model, weights=parse_weights(request.weights), device=device)
         if request.weights == "random":
             console.say("the weights are random: labels and maps mean nothing")
         loaded = network = resized(network, request.size)
@@ -309,7 +309,8 @@ def _make_writer(name: str, out: Path, request: Request) -> Writer:
     return makers[name](out)
 
 
-def _weights(text: str | None) -> Weights:
+def parse_weights(text: str | None) -> Weights:
+    """What ``--weights`` names: a file, ``random``, or nothing."""
     if text is None:
         return None
     return "random" if text == "random" else Path(text)

@@ -62,6 +62,7 @@ class ExplainBatches:
         self._topk = settings.topk
         self._at_once = 1 if self._opened.single else batch_size
         self._device = device
+        self._lost = ""
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="diffcam")
 
     def __call__(self, batch: Mapping[str, NDArray[Any]]) -> Any:
@@ -78,6 +79,12 @@ class ExplainBatches:
         """
         import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
 
+        if self._lost:
+            # The GPU is gone for as long as this process lives: Ray starts another one, and
+            # repeats this batch there.
+            sys.stderr.write(f"diffcam: {self._lost}\n")
+            sys.stderr.flush()
+            os._exit(1)
         check_columns(list(batch))
         paths = [os.fsdecode(path) for path in batch["path"]]
         content = next((batch[name] for name in ("bytes", "image") if name in batch), paths)
@@ -114,6 +121,8 @@ class ExplainBatches:
         """Explains images together; where the network raises, in halves, down to one by one."""
         if not items:
             return []
+        if self._lost:
+            return [failed_rows(path, self._lost) for path, _ in items]
         try:
             targets = [self._opened.targets] * len(items) if self._opened.targets else None
             pixels = torch.stack([pixels for _, pixels in items])
@@ -135,17 +144,17 @@ class ExplainBatches:
         return self._explain(items[:half]) + self._explain(items[half:])
 
     def _check_device(self, reason: str) -> None:
-        """Ends the process where its GPU is lost: Ray starts another one and repeats the batch."""
+        """Notes where the GPU is lost: the images at hand fail, and the next batch goes elsewhere.
+
+        To repeat these, too, would take for ever where one of them is to blame.
+        """
         if self._device == "cpu":
             return
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-        except RuntimeError as error:
-            # After such an error every call on the GPU fails, for as long as the process lives.
-            sys.stderr.write(f"diffcam: the GPU does not answer any more ({error}): {reason}\n")
-            sys.stderr.flush()
-            os._exit(1)
+        except RuntimeError:
+            self._lost = f"the GPU was lost: {reason}"
 
 
 def check_columns(columns: Sequence[str]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffcam_fast.contrast import Contrast
@@ -32,7 +33,6 @@ def explain(
     cpus_per_actor: int = 1,
     gpus_per_actor: float | None = None,
     concurrency: int | tuple[int, int] | None = None,
-    retries: int = 10,
     trial: bool = True,
 ) -> ray.data.Dataset:
     """Explains a dataset of images on all machines of a Ray cluster.
@@ -63,8 +63,6 @@ def explain(
         gpus_per_actor: Of an actor; a fraction shares a GPU. None: 1 if the cluster has any.
         concurrency: Actors, or the least and the most of them. None: from one to what the cluster
             holds now, less a core for reading.
-        retries: How often a batch is repeated whose process or machine died; -1: without end. An
-            image that ends the process each time fails the dataset after so many.
         trial: Make the network on this machine first, so that a wrong name, layer or class is an
             error now. False where this machine cannot.
 
@@ -99,10 +97,8 @@ def explain(
         labels=labels,
     )
     check_numbers(batch_size, cpus_per_actor, gpus_per_actor, concurrency)
-    if retries < -1:
-        raise ValueError(f"retries is {retries}; give a number, or -1 for no end")
-    ray = import_ray()
-    if not isinstance(dataset, ray.data.Dataset):
+    engine = import_ray()
+    if not isinstance(dataset, engine.data.Dataset):
         raise TypeError(f"dataset is a {type(dataset).__name__}; give a ray.data.Dataset")
     # None where only running it would tell; an actor looks again.
     columns = dataset.columns(fetch_if_missing=False)
@@ -110,11 +106,11 @@ def explain(
         check_columns(columns)
     if trial:
         settings.open("cpu")
-    resources = ray.cluster_resources()
+    nodes = [node["Resources"] for node in engine.nodes() if node["Alive"]]
     if gpus_per_actor is None:
-        gpus_per_actor = 1 if resources.get("GPU", 0) >= 1 else 0
+        gpus_per_actor = 1 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0
     if concurrency is None:
-        concurrency = 1, most_actors(resources, cpus_per_actor, gpus_per_actor)
+        concurrency = 1, most_actors(nodes, cpus_per_actor, gpus_per_actor)
     least, most = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
     result: ray.data.Dataset = dataset.map_batches(
         ExplainBatches,
@@ -126,11 +122,9 @@ def explain(
         },
         batch_size=AHEAD * batch_size,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
+        compute=engine.data.ActorPoolStrategy(min_size=least, max_size=most),
         num_cpus=cpus_per_actor,
         num_gpus=gpus_per_actor,
-        max_restarts=-1,
-        max_task_retries=retries,
     )
     return result
 
@@ -180,15 +174,35 @@ def check_numbers(
         )
 
 
-def most_actors(resources: dict[str, float], cpus: int, gpus: float) -> int:
-    """How many actors the cluster holds, less a core that reads for them; at least one.
+def most_actors(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:
+    """How many actors fit onto the machines, with a core left that reads for them.
+
+    Args:
+        nodes: Of each machine its resources ``CPU`` and ``GPU``.
+        cpus: Cores of an actor.
+        gpus: GPUs of an actor.
+
+    Raises:
+        ValueError: Not one.
 
     Example:
-        >>> most_actors({"CPU": 16.0}, cpus=4, gpus=0)
+        >>> most_actors([{"CPU": 16.0}], cpus=4, gpus=0)
         3
-        >>> most_actors({"CPU": 16.0, "GPU": 2.0}, cpus=4, gpus=1)
+        >>> most_actors([{"CPU": 16.0, "GPU": 2.0}, {"CPU": 8.0}], cpus=4, gpus=1)
         2
     """
-    by_cpus = int((resources.get("CPU", 0) - 1) // cpus)
-    by_gpus = int(resources.get("GPU", 0) // gpus) if gpus else by_cpus
-    return max(1, min(by_cpus, by_gpus))
+    fits = [
+        min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)
+        for node in nodes
+    ]
+    most = int(sum(fits))
+    cores = sum(node.get("CPU", 0) for node in nodes)
+    # Actors that held every core would wait for ever for images that nobody reads.
+    most -= cores - most * cpus < 1
+    if most < 1:
+        raise ValueError(
+            f"an actor of {cpus} cores and {gpus:g} GPUs, and a core to read with, do not fit into"
+            f" this Ray of {cores:g} cores on {len(nodes)} machines; ask for less, start Ray with"
+            " more, or give concurrency where machines are still to come"
+        )
+    return most

@@ -16,6 +16,7 @@ from diffcam_fast.cli.job import (
     Request,
     make_explainer,
     parse_size,
+    parse_weights,
     resized,
     try_out,
 )
@@ -176,15 +177,10 @@ class Settings:
         )
 
     def _load(self, device: str) -> LoadedModel:
-        weights = self.weights
         # Where weights are drawn, every actor must draw the same.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return load_model(
-                self.model,
-                weights="random" if weights == "random" else weights and Path(weights) or None,
-                device=device,
-            )
+            return load_model(self.model, weights=parse_weights(self.weights), device=device)
 
     def _request(self, device: str) -> Request:
         assert isinstance(self.model, str)
