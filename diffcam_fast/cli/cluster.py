@@ -247,8 +247,9 @@ def _is_given(context: click.Context, name: str) -> bool:
 
 
 def _absolute(name: str | None) -> str | None:
-    unchanged = name is None or name == "random" or not os.path.isfile(name)
-    return name if unchanged else os.path.abspath(name)
+    if name is None or name == "random" or not os.path.isfile(name):
+        return name
+    return os.path.abspath(name)
 
 
 def _check_out(out: str) -> None:
