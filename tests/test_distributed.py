@@ -345,6 +345,10 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
         (["--engine", "ray", "--format", "parquet", "-"], "no list from standard input"),
         (["--engine", "ray", "--format", "parquet", "s3://b/*.png"], "no globs in URIs"),
         (["--engine", "ray", "--format", "parquet", "-o", "."], "is there already"),
+        (
+            ["--engine", "ray", "--format", "parquet", "--ray-address", "127.0.0.1:1"],
+            "no Ray answers at 127.0.0.1:1",
+        ),
     ],
 )
 def test_command_line_refuses(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -99,8 +100,23 @@ def check_engine(context: click.Context) -> None:
         raise click.UsageError("--engine ray writes --format parquet, and nothing else; say so")
 
 
-def run_on_ray(options: Mapping[str, Any], console: Console) -> Outcome | None:
-    """Explains on Ray what the options of ``diffcam explain`` name; None: it was stopped.
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has only to be started.
+
+    Attributes:
+        rows: The dataset of maps, which nothing has asked for yet.
+        out: Where it goes.
+        asked: Targets of an image; where they were named, two may be one class.
+    """
+
+    rows: ray.data.Dataset
+    out: str
+    asked: int
+
+
+def prepare_on_ray(options: Mapping[str, Any], console: Console) -> Prepared:
+    """Checks what the options of ``diffcam explain`` name, and connects to Ray.
 
     Args:
         options: By the names of its parameters; `check_engine` has seen them.
@@ -108,7 +124,6 @@ def run_on_ray(options: Mapping[str, Any], console: Console) -> Outcome | None:
 
     Raises:
         click.UsageError: The request cannot be met.
-        click.ClickException: The run could not go on.
     """
     from diffcam_fast.distributed import explain
     from diffcam_fast.distributed.dataset import import_ray
@@ -150,18 +165,33 @@ def run_on_ray(options: Mapping[str, Any], console: Console) -> Outcome | None:
             gpus_per_actor=options["actor_gpus"],
             concurrency=options["actors"],
         )
-    except (ValueError, TypeError, ImportError, ConnectionError) as error:
+    except OSError as error:
+        raise click.UsageError(f"{type(error).__name__}: {error}") from error
+    except (ValueError, TypeError, ImportError) as error:
         raise click.UsageError(str(error)) from error
+    return Prepared(result, out, options["topk"] or len(options["targets"]) or 1)
+
+
+def run_on_ray(prepared: Prepared, console: Console) -> Outcome | None:
+    """Writes the dataset and counts what it holds; None: it was stopped.
+
+    Raises:
+        click.ClickException: The run could not go on.
+    """
+    from ray.exceptions import RayError
+
     start = time.perf_counter()
     try:
-        result.write_parquet(out, min_rows_per_file=_ROWS_PER_FILE)
-    except (ray.exceptions.RayError, OSError) as error:
-        raise click.ClickException(f"Ray could not go on: {error}") from error
+        prepared.rows.write_parquet(prepared.out, min_rows_per_file=_ROWS_PER_FILE)
+    except (RayError, OSError) as error:
+        console.why(str(error))
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise click.ClickException(f"Ray could not go on: {last}") from error
     except KeyboardInterrupt:
-        console.say(f"stopped; {out} holds a part of the images: remove it before the next run")
+        console.say(f"stopped; remove what {prepared.out} holds before the next run")
         return None
-    asked = options["topk"] or len(options["targets"]) or 1
-    return read_outcome(out, asked, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return read_outcome(prepared.out, prepared.asked, seconds=seconds)
 
 
 def read_outcome(out: str, asked: int, *, seconds: float) -> Outcome:
@@ -265,9 +295,22 @@ def _connect(ray: Any, address: str | None, *, verbose: bool) -> None:
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_address(address)
     # Of a machine with one core: an actor, and what reads for it.
     cores = {} if address else {"num_cpus": max(2, os.cpu_count() or 1)}
     ray.init(address=address or "local", log_to_driver=verbose, **cores)
+
+
+def _check_address(address: str) -> None:
+    """Ray itself waits for minutes for a machine that does not answer."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ValueError(f"no Ray answers at {address}: {error}") from None
 
 
 def _read(ray: Any, files: list[str], uris: list[str], *, batch_size: int) -> ray.data.Dataset:

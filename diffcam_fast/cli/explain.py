@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from diffcam_fast.cli.cluster import check_engine, cluster_options, run_on_ray, tell
+from diffcam_fast.cli.cluster import check_engine, cluster_options, prepare_on_ray, run_on_ray, tell
 from diffcam_fast.cli.console import Console, printable
 
 if TYPE_CHECKING:
@@ -166,8 +166,10 @@ def explain(
     console = Console(verbose)
     check_engine(context)
     if engine == "ray":
+        prepared = prepare_on_ray(context.params, console)
+        # After Ray has started, which takes the signals for itself.
         with stopping_on_signals():
-            outcome = run_on_ray(context.params, console)
+            outcome = run_on_ray(prepared, console)
         if outcome is None:
             raise click.exceptions.Exit(INTERRUPTED)
         tell(outcome, as_json=as_json)
