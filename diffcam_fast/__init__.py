@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffcam_export import OnnxExplainer, export_onnx
+    from diffcam_export import OnnxExplainer, accelerate, export_onnx
     from diffcam_fast.analysis import AnalysisError, Candidate, Inspection
     from diffcam_fast.contrast import Contrast, contrast_score
     from diffcam_fast.explainer import Explainer
@@ -29,6 +29,7 @@ _HOMES = {
     "Inspection": "diffcam_fast.analysis",
     "Layout": "diffcam_fast.layout",
     "OnnxExplainer": "diffcam_export",
+    "accelerate": "diffcam_export",
     "contrast_score": "diffcam_fast.contrast",
     "export_onnx": "diffcam_export",
 }
@@ -43,6 +44,7 @@ __all__ = [
     "Inspection",
     "Layout",
     "OnnxExplainer",
+    "accelerate",
     "contrast_score",
     "export_onnx",
 ]

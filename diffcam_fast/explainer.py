@@ -1,7 +1,8 @@
 """The engine: images and targets in, maps out."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,37 @@ from diffcam_fast.running import pick_logits, unwrap
 from diffcam_fast.split import Output
 from diffcam_fast.targets import Asked, Targets
 from diffcam_kernels.settings import uses_kernels
+
+if TYPE_CHECKING:
+    from diffcam_fast.images.preprocess import Preprocess
+    from diffcam_fast.stream import Profile, Streamed
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an explainer was made of: see `Explainer`, whose arguments these are.
+
+    Attributes:
+        model: unwrapped.
+        layers: dotted names of the target layers.
+        method: with its settings.
+        contrast: as it was parsed.
+        relu: negative cells are clipped.
+        fuse: how maps of several layers become one.
+        augment: views of each image, or None.
+        output: what finds the logits; `pick_logits` where none was given.
+        examples: shape (C, H, W) of the images that the layers were found with.
+    """
+
+    model: nn.Module
+    layers: tuple[str, ...]
+    method: Method
+    contrast: Contrast
+    relu: bool
+    fuse: Fuse
+    augment: Augment | None
+    output: Output
+    examples: tuple[int, ...]
 
 
 class Explainer:
@@ -134,6 +166,25 @@ class Explainer:
         return self._inspections.first[0]
 
     @property
+    def setup(self) -> Setup:
+        """What the explainer was made of.
+
+        Raises:
+            AnalysisError: as for `layer`.
+        """
+        return Setup(
+            model=self._model,
+            layers=self._inspections.names,
+            method=self._method,
+            contrast=self._contrast,
+            relu=self._relu,
+            fuse=self._fuse,
+            augment=self._augment,
+            output=self._output,
+            examples=tuple(int(side) for side in self.inspect().input_shape),
+        )
+
+    @property
     def fitted(self) -> tuple[Tensor, ...]:
         """What `fit` found, W' (K, C) of each layer; may be stored, and set again later.
 
@@ -224,6 +275,43 @@ class Explainer:
             method=self._method.name,
             contrast=made.target.contrast,
             layer_maps=tuple(m.float() for m in made.maps),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        first = next(self._model.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def stream(
+        self,
+        source: Iterable[Any],
+        *,
+        preprocess: "Preprocess | None" = None,
+        batch_size: int = 16,
+        targets: int | Sequence[int] = (),
+        topk: int | None = None,
+        workers: int | None = None,
+        timeout: float | None = None,
+        pictures: bool = False,
+        profile: "Profile | None" = None,
+    ) -> "Iterator[Streamed]":
+        """Explains what a source yields, in order, while it reads on: see
+        `diffcam_fast.stream.stream`, whose arguments these are.
+        """
+        from diffcam_fast.stream import stream
+
+        return stream(
+            self,
+            source,
+            preprocess=preprocess,
+            batch_size=batch_size,
+            targets=targets,
+            topk=topk,
+            workers=workers,
+            timeout=timeout,
+            pictures=pictures,
+            profile=profile,
         )
 
     def _maps(self, images: Tensor, asked: Asked) -> tuple[Maps, Tensor]:

@@ -1,6 +1,7 @@
 """The result of an explanation."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -58,6 +59,37 @@ class Explanation:
         return (
             f"Explanation(N={n} images, T={t} targets each, maps {h} x {w}, layer={self.layer!r}, "
             f"method={self.method!r}, contrast={self.contrast!r}, backend={self.backend!r})"
+        )
+
+    def __len__(self) -> int:
+        """N, the number of images."""
+        return len(self.maps)
+
+    def __getitem__(self, images: int | slice) -> "Explanation":
+        """The explanation of some of the images: of one by its place, or of a slice of them.
+
+        Raises:
+            IndexError: there is no image at this place.
+        """
+        if isinstance(images, int):
+            if not -len(self) <= images < len(self):
+                raise IndexError(f"there is no image {images}, there are {len(self)}")
+            start = images % len(self)
+            images = slice(start, start + 1)
+        return self._each(lambda tensor: tensor[images])
+
+    def cpu(self) -> "Explanation":
+        """The same in host memory."""
+        return self._each(lambda tensor: tensor.cpu())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Explanation":
+        return replace(
+            self,
+            logits=change(self.logits),
+            targets=change(self.targets),
+            scores=change(self.scores),
+            maps=change(self.maps),
+            layer_maps=tuple(change(maps) for maps in self.layer_maps),
         )
 
     @property

@@ -24,10 +24,12 @@ from diffcam_fast.cli import explain as explain_module
 from diffcam_fast.cli import run as run_module
 from diffcam_fast.cli.main import main
 from diffcam_fast.contrast import _NAMED
+from diffcam_fast.images.inputs import Source
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.images.read import read_image
 from diffcam_fast.methods import METHODS
 from diffcam_fast.models import load_model
+from diffcam_fast.stream import items
 
 ODD_NETWORK = """
 from torch import nn
@@ -312,12 +314,12 @@ def test_broken_files_are_named_and_stop_nothing(folder: Path) -> None:
 def test_an_image_that_cannot_be_prepared_stops_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def strange(path: Path) -> Image.Image:
-        if path.name == "001-green.png":
+    def strange(path: Source) -> Image.Image:
+        if path.path.name == "001-green.png":
             raise ZeroDivisionError("strange")
         return read_image(path)
 
-    monkeypatch.setattr(run_module, "read_image", strange)
+    monkeypatch.setattr(items, "read_image", strange)
     told = summary("photos", "-o", "out", status=3)
     assert told["counts"]["explained"] == 5
     assert told["failed"] == [
@@ -329,9 +331,9 @@ def test_an_image_that_cannot_be_prepared_stops_nothing(
 
 
 def test_maps_that_are_not_finite_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(path: Path) -> Image.Image:
+    def poisoned(path: Source) -> Image.Image:
         image = read_image(path)
-        image.info["poison"] = path.name == "001-green.png"
+        image.info["poison"] = path.path.name == "001-green.png"
         return image
 
     whole = Preprocess.__call__
@@ -340,7 +342,7 @@ def test_maps_that_are_not_finite_are_told(folder: Path, monkeypatch: pytest.Mon
         pixels = whole(self, image)
         return pixels * torch.nan if image.info["poison"] else pixels
 
-    monkeypatch.setattr(run_module, "read_image", poisoned)
+    monkeypatch.setattr(items, "read_image", poisoned)
     monkeypatch.setattr(Preprocess, "__call__", prepare)
     told = summary("photos", "-o", "out", "--report", "--format", "parquet", "--format", "overlay")
     assert told["counts"]["not_finite"] == 1

@@ -13,9 +13,9 @@ from PIL import Image
 
 from diffcam_fast.images.read import (
     ImageError,
+    decode_image,
     image_from_pixels,
     read_image,
-    read_image_bytes,
 )
 
 # Top row red, green; bottom row blue, white.
@@ -455,11 +455,11 @@ def test_result_does_not_need_the_file(tmp_path):
 def test_bytes_are_read_as_their_file_is(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", COLOURS)
     data = path.read_bytes()
-    assert read_image_bytes(data).tobytes() == read_image(path).tobytes()
+    assert decode_image(data).tobytes() == read_image(path).tobytes()
     for damaged in (b"", b"no image", data[:60], data[:-40]):
         path.write_bytes(damaged)
         with pytest.raises(ImageError) as from_bytes:
-            read_image_bytes(damaged)
+            decode_image(damaged)
         with pytest.raises(ImageError) as from_file:
             read_image(path)
         assert str(from_bytes.value) == str(from_file.value)
@@ -469,9 +469,9 @@ def test_bytes_have_the_same_limits() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (30, 20)).save(stream, "PNG")
     with pytest.raises(ImageError, match=r"30 x 20 = 0.0006 Mpixel, the limit is 0.0005 Mpixel"):
-        read_image_bytes(stream.getvalue(), max_pixels=500)
+        decode_image(stream.getvalue(), max_pixels=500)
     with pytest.raises(ImageError, match=r"too large: 0.0 MiB, the limit"):
-        read_image_bytes(stream.getvalue(), max_bytes=10)
+        decode_image(stream.getvalue(), max_bytes=10)
 
 
 def test_pixels_become_rgb() -> None:

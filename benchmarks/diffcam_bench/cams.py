@@ -79,9 +79,9 @@ def contest(
     plain = signed if method == "cam" else explainer
     result = plain(images, targets)
     gates = {
-        rival.library: _gate(rival, peer(images, targets), result.maps[:, 0], images)
+        rival.library: gate(rival, peer(images, targets), result.maps[:, 0], images)
         if rival.like != "sign"
-        else _gate(rival, peer(images, targets), signed(images, targets).maps[:, 0], images)
+        else gate(rival, peer(images, targets), signed(images, targets).maps[:, 0], images)
         for rival, peer in peers.items()
     }
 
@@ -99,8 +99,12 @@ def contest(
     return Contest(method, timings, gates, result.backend)
 
 
-def _gate(rival: Rival, theirs: Tensor, maps: Tensor, images: Tensor) -> Gate:
-    """Holds their heatmaps (N, H, W) against our maps (N, h, w)."""
+def gate(rival: Rival, theirs: Tensor, maps: Tensor, images: Tensor) -> Gate:
+    """Holds heatmaps of another library (N, H, W) against our maps (N, h, w).
+
+    Raises:
+        ParityError: they are not what they are to be.
+    """
     if not theirs.isfinite().all() or float(theirs.amax()) == 0:
         raise ParityError(f"the maps of {rival.library} are constant or not finite")
     if rival.like == "sign":

@@ -254,6 +254,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch ann
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # The model runs uncompiled here; to skip the compiler PyTorch would import it, for seconds.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)

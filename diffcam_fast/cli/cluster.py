@@ -22,7 +22,17 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 
 NAME = "maps.parquet"
 # Of the local engine alone, by the names of their parameters.
-_LOCAL = ("overlay", "report", "cmap", "text_list", "resume", "device")
+_LOCAL = (
+    "overlay",
+    "report",
+    "cmap",
+    "text_list",
+    "resume",
+    "device",
+    "backend",
+    "timeout",
+    "profile",
+)
 _RAY = ("ray_address", "actors", "actor_cpus", "actor_gpus")
 _SHOWN = 20
 # Shards of ResNet's maps are about a megabyte then, and few enough to list.

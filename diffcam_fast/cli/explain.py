@@ -101,6 +101,14 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
 @click.option(
+    "--backend",
+    type=click.Choice(("auto", "torch", "onnxruntime")),
+    default="auto",
+    show_default=True,
+    help="Runtime on the CPU. auto: the faster one; a file is exported and kept where there are"
+    " images enough, and used by later runs.",
+)
+@click.option(
     "--labels",
     type=_FILE,
     help="Class names, one a line or JSON, in place of the model's."
@@ -117,6 +125,16 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--resume",
     is_flag=True,
     help="Go on where an earlier run stopped; failed images and deleted outputs are made again.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds that reading one image may take; one that takes longer counts as failed.",
+)
+@click.option(
+    "--profile", is_flag=True, help="Say how busy each stage was, and which one is the limit."
 )
 @cluster_options
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")
@@ -140,10 +158,13 @@ def explain(
     size: str | None,
     batch_size: int,
     device: str | None,
+    backend: Literal["auto", "torch", "onnxruntime"],
     labels: Path | None,
     cmap: str,
     text_list: Path | None,
     resume: bool,
+    timeout: float,
+    profile: bool,
     engine: str,
     ray_address: str | None,
     actors: int | None,
@@ -197,9 +218,12 @@ def explain(
                 size=size,
                 batch_size=batch_size,
                 device=device,
+                backend=backend,
                 labels=labels,
                 cmap=cmap,
                 resume=resume,
+                timeout=timeout,
+                profile=profile,
             )
             job, summary, page = execute(request, console)
         except KeyboardInterrupt:
@@ -225,9 +249,10 @@ def execute(request: "Request", console: Console) -> "tuple[Job, Summary, Path |
         click.ClickException: The run could not go on: no memory, no space, no permission.
     """
     from diffcam_fast.cli.job import prepare
-    from diffcam_fast.cli.run import OutOfMemory, ResumeError, run
+    from diffcam_fast.cli.run import ResumeError, run
     from diffcam_fast.cli.summary import write_run_report
     from diffcam_fast.running import is_out_of_memory
+    from diffcam_fast.stream import OutOfMemory
 
     try:
         job = prepare(request, console)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO, TypeVar
 import numpy as np
 import torch
 
+from diffcam_fast.cli.backend import accelerated, recalled
 from diffcam_fast.cli.console import Console, shortened
 from diffcam_fast.cli.onnx import Described, Explains, open_explained
 from diffcam_fast.contrast import Contrast
@@ -61,6 +62,9 @@ class Request:
         size: Height and width of the network's input; None: the model's own.
         labels: A file of class names in place of the model's.
         resume: Go on where an earlier run into ``out`` stopped.
+        timeout: Seconds that reading one image may take.
+        profile: Tell how busy each stage was.
+        backend: Which runtime explains; auto: the fastest, where finding it out is worth it.
     """
 
     inputs: tuple[str, ...]
@@ -83,6 +87,9 @@ class Request:
     labels: Path | None = None
     cmap: str = "turbo"
     resume: bool = False
+    timeout: float = 60.0
+    profile: bool = False
+    backend: Literal["auto", "torch", "onnxruntime"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -150,18 +157,11 @@ def prepare(request: Request, console: Console) -> Job:
             console.say(described.assumed)
         if described.single:
             request = replace(request, batch_size=1)
+    elif (kept := recalled(request, device)) is not None:
+        loaded, explainer, reason = kept
+        console.why(f"runtime: {reason}")
     else:
-        network = load_model(request.model, weights=parse_weights(request.weights), device=device)
-        if request.weights == "random":
-            console.say("the weights are random: labels and maps mean nothing")
-        loaded = network = resized(network, request.size)
-        explainer = make_explainer(
-            network,
-            layer=request.layer,
-            method=request.method or DEFAULT_METHOD,
-            contrast=request.contrast,
-            temperature=request.temperature,
-        )
+        loaded, explainer = _loaded(request, device, len(sources), console)
     trial = try_out(loaded, explainer)
     classes = trial.logits.shape[1]
     labels = loaded.labels if request.labels is None else read_labels(request.labels)
@@ -201,6 +201,28 @@ def try_out(loaded: LoadedModel | Described, explainer: Explains) -> Explanation
         if isinstance(loaded, Described) and loaded.single:
             blank = torch.zeros(1, *loaded.preprocess.size, 3, dtype=torch.uint8)
         return explainer(blank)
+
+
+def _loaded(
+    request: Request, device: str, images: int | None, console: Console
+) -> tuple[LoadedModel, Explains]:
+    """The network that a request names, and what explains it."""
+    loaded = load_model(request.model, weights=parse_weights(request.weights), device=device)
+    if request.weights == "random":
+        console.say("the weights are random: labels and maps mean nothing")
+    loaded = resized(loaded, request.size)
+    explainer = make_explainer(
+        loaded,
+        layer=request.layer,
+        method=request.method or DEFAULT_METHOD,
+        contrast=request.contrast,
+        temperature=request.temperature,
+    )
+    fastest = accelerated(request, loaded, explainer, device, images)
+    if fastest is None:
+        return loaded, explainer
+    console.why(f"runtime: {fastest.reason}")
+    return loaded, fastest.explainer
 
 
 def make_explainer(

@@ -3,18 +3,16 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from diffcam_fast.explanation import Explanation
-from diffcam_fast.images.preprocess import Preprocess
+from diffcam_fast.images.preprocess import AsItIs, Preprocess
 from diffcam_fast.models.labels import imagenet_labels
 from diffcam_fast.models.loading import check_device
 from diffcam_fast.targets import Targets
 
 if TYPE_CHECKING:
+    from diffcam_export.explainer import OnnxExplainer
     from diffcam_fast.cli.job import Request
 
 
@@ -52,14 +50,6 @@ class Described:
     device: str
     choices: tuple[str, ...]
     assumed: str | None = None
-
-
-class AsItIs(Preprocess):
-    """For a file that resizes and normalises itself: the whole picture, uint8 (H, W, 3)."""
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """The pixels of one image."""
-        return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def open_explained(request: "Request", *, threads: int | None = None) -> tuple[Described, Explains]:
@@ -114,6 +104,16 @@ def open_explained(request: "Request", *, threads: int | None = None) -> tuple[D
             f"--topk is {request.topk}, but {request.model} has maps of the best "
             f"{explainer.maps_per_image}; export it with more"
         )
+    return describe(explainer, request.model), explainer
+
+
+def describe(explainer: "OnnxExplainer", name: str) -> Described:
+    """What a run asks of an explained ONNX file.
+
+    Args:
+        explainer: of the file.
+        name: what the user calls it.
+    """
     facts = explainer.inspect()
     known = facts.preprocess or Preprocess(size=(224, 224))
     if facts.baked:
@@ -124,7 +124,7 @@ def open_explained(request: "Request", *, threads: int | None = None) -> tuple[D
     assumed = None
     if facts.preprocess is None:
         assumed = (
-            f"{request.model} does not tell how photographs are prepared for it; as for ImageNet's"
+            f"{name} does not tell how photographs are prepared for it; as for ImageNet's"
             " networks: short side, centre crop, ImageNet's mean and deviation. To have it told,"
             " export with --preprocess"
         )
@@ -135,8 +135,5 @@ def open_explained(request: "Request", *, threads: int | None = None) -> tuple[D
         f"layer: {explainer.layer}, of {facts.source or 'a model without a name'}",
         f"maps: {', '.join(facts.heads)}, as diffcam-fast {facts.version} exported it",
     )
-    device_name = str(explainer.device)
-    return (
-        Described(known, labels, request.model, facts.baked, device_name, choices, assumed),
-        explainer,
-    )
+    device = str(explainer.device)
+    return Described(known, labels, name, facts.baked, device, choices, assumed)

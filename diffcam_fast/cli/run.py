@@ -1,51 +1,40 @@
 """The loop behind ``diffcam explain``: decode, explain, write, account; image by image safe."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from os import cpu_count
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from diffcam_fast.cli.console import Console
 from diffcam_fast.cli.job import Job
 from diffcam_fast.cli.report_parts import REPORT_NAME, ReportParts
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.inputs import Source
-from diffcam_fast.images.read import ImageError, read_image
 from diffcam_fast.models.labels import label_of
 from diffcam_fast.outputs.ledger import Entry, Ledger
 from diffcam_fast.outputs.record import values_of
 from diffcam_fast.outputs.writers import JsonlWriter, ParquetWriter, Record, files_of
-from diffcam_fast.running import is_out_of_memory
+from diffcam_fast.stream import (
+    WORKERS,
+    Explained,
+    NetworkStage,
+    Pipeline,
+    Preparation,
+    Profile,
+    normalises_on,
+)
 
 # Pictures larger than this take longer to compress than the network takes to look at them.
 MAX_VIEW = 1024
-_WORKERS = min(8, cpu_count() or 1)
-
-
-class OutOfMemory(RuntimeError):
-    """Not even one image fits into memory."""
 
 
 class ResumeError(ValueError):
     """The output folder does not allow this run."""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """An image on its way into a batch: (3, H, W) for the network, a picture for people."""
-
-    source: Source
-    pixels: Tensor
-    view: Image.Image
 
 
 @dataclass
@@ -59,6 +48,7 @@ class Summary:
         batch_size: At the end, after any lack of memory.
         seconds: Of the loop, without loading.
         interrupted: Whether it was stopped before its end.
+        profile: How busy each stage was.
     """
 
     found: int
@@ -67,6 +57,7 @@ class Summary:
     batch_size: int = 1
     seconds: float = 0.0
     interrupted: bool = False
+    profile: Profile = field(default_factory=Profile)
 
     @property
     def done(self) -> list[Entry]:
@@ -116,7 +107,7 @@ def run(job: Job, console: Console) -> Summary:
             console.say(f"images explained again, whose outputs are gone: {len(redo)}")
         for writer in job.writers:
             stack.callback(writer.close)
-        pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="diffcam")
+        pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="diffcam")
         stack.callback(pool.shutdown, cancel_futures=True)
         advance = stack.enter_context(console.progress(len(pending)))
         loop = _Loop(job, console, summary, ledger, redo, pool, parts, advance)
@@ -183,92 +174,42 @@ class _Loop:
     parts: ReportParts | None
     advance: Callable[[int], object]
 
-    def run(self, pending: Sequence[Source]) -> None:
-        batch: list[Decoded] = []
-        for item in self._decoded(pending):
-            if isinstance(item, Entry):
-                self._refuse(item)
-                continue
-            batch.append(item)
-            if len(batch) >= self.summary.batch_size:
-                self._finish(batch)
-                batch = []
-        self._finish(batch)
+    def run(self, pending: Iterable[Source]) -> None:
+        request, preprocess = self.job.request, self.job.loaded.preprocess
+        device = torch.device(self.job.device)
+        raw = normalises_on(device, preprocess)
+        stage = NetworkStage(
+            self.job.explainer,
+            targets=self.job.targets,
+            topk=request.topk,
+            normalise=preprocess if raw else None,
+            device=device,
+            batch_size=self.summary.batch_size,
+            tell=self._tell,
+        )
+        pipeline = Pipeline(
+            stage,
+            Preparation(preprocess, raw=raw, picture=MAX_VIEW),
+            timeout=request.timeout,
+            profile=self.summary.profile,
+            caller="write",
+        )
+        for explained in pipeline.run(pending):
+            self.summary.batch_size = stage.batch_size
+            if explained.explanation is None:
+                [source] = explained.keys
+                self._refuse(
+                    Entry(str(source.path), "failed", name=source.name, reason=explained.error)
+                )
+            else:
+                self._write(explained, explained.explanation)
 
-    def _decoded(self, pending: Sequence[Source]) -> Iterator[Decoded | Entry]:
-        """Decodes ahead of the network, in order, and never more than two batches."""
-        waiting: deque[tuple[Source, Future[Decoded]]] = deque()
-        ahead = 2 * self.job.request.batch_size + _WORKERS
-        for source in pending:
-            waiting.append((source, self.pool.submit(self._decode, source)))
-            if len(waiting) > ahead:
-                yield self._result(*waiting.popleft())
-        while waiting:
-            yield self._result(*waiting.popleft())
+    def _tell(self, problem: str, message: str) -> None:
+        self.console.say(problem)
+        self.console.why(f"  {message}")
 
-    def _decode(self, source: Source) -> Decoded:
-        image = read_image(source.path)
-        preprocess = self.job.loaded.preprocess
-        return Decoded(source, preprocess(image), preprocess.view(image, MAX_VIEW))
-
-    @staticmethod
-    def _result(source: Source, future: "Future[Decoded]") -> Decoded | Entry:
-        try:
-            return future.result()
-        except ImageError as error:
-            reason = str(error)
-        except MemoryError:
-            reason = "not enough memory to prepare it"
-        except Exception as error:  # noqa: BLE001 - one strange image must not stop the others
-            reason = f"cannot be prepared: {error!r}"
-        return Entry(str(source.path), "failed", name=source.name, reason=reason)
-
-    def _finish(self, batch: list[Decoded]) -> None:
-        start = 0
-        while start < len(batch):
-            chunk = batch[start : start + self.summary.batch_size]
-            result = self._explain(chunk)
-            if isinstance(result, Entry):
-                self._refuse(result)
-                start += 1
-            elif result is not None:
-                self._write(chunk, result)
-                start += len(chunk)
-
-    def _explain(self, chunk: Sequence[Decoded]) -> Explanation | Entry | None:
-        """Explains a chunk.
-
-        None where the network did not take it and the batch size was halved; a failed entry where
-        the network did not take a single image.
-        """
-        try:
-            pixels = torch.stack([item.pixels for item in chunk])
-            targets = [self.job.targets] * len(chunk) if self.job.targets else None
-            return self.job.explainer(pixels, targets, topk=self.job.request.topk)
-        except Exception as error:  # noqa: BLE001 - a network may raise anything
-            full = is_out_of_memory(error)
-            raised = type(error).__name__
-            message = next(iter(str(error).splitlines()), "")
-        # Outside of the handler, whose traceback holds on to the tensors that were too large.
-        size = len(chunk)
-        if full and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if size > 1:
-            self.summary.batch_size = (size + 1) // 2
-            problem = "out of memory" if full else f"the network raised {raised}"
-            self.console.say(f"{problem}: batch size {size} -> {self.summary.batch_size}")
-            self.console.why(f"  {message or raised}")
-            return None
-        if full:
-            raise OutOfMemory(
-                "out of memory with a single image; try a smaller --size or another --device"
-            )
-        reason = f"the network raised {raised}" + (f": {message}" if message else "")
-        source = chunk[0].source
-        return Entry(str(source.path), "failed", name=source.name, reason=reason)
-
-    def _write(self, chunk: Sequence[Decoded], result: Explanation) -> None:
-        records = list(_records(chunk, result, self.job.labels))
+    def _write(self, explained: Explained, result: Explanation) -> None:
+        records = list(_records(explained, result, self.job.labels))
         tops = _tops(result, self.job.labels)
         # Tables take batches, one at a time; pictures and archives are each on their own.
         tables = [w for w in self.job.writers if isinstance(w, JsonlWriter | ParquetWriter)]
@@ -302,10 +243,12 @@ class _Loop:
 
 
 def _records(
-    chunk: Sequence[Decoded], result: Explanation, labels: Sequence[str] | None
+    explained: Explained, result: Explanation, labels: Sequence[str] | None
 ) -> Iterator[Record]:
-    for item, values in zip(chunk, values_of(result, labels), strict=True):
-        yield Record(source=item.source, heatmaps=None, view=item.view, **vars(values))
+    rows = zip(explained.keys, explained.pictures, values_of(result, labels), strict=True)
+    for source, picture, values in rows:
+        assert picture is not None, "the preparation makes one of every file"
+        yield Record(source=source, heatmaps=None, view=picture, **vars(values))
 
 
 def _tops(result: Explanation, labels: Sequence[str] | None) -> list[list[tuple[str, float]]]:

@@ -1,6 +1,7 @@
 """What is told at the end of a run: the report, a JSON summary, and lines for people."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def write_run_report(job: Job, summary: Summary) -> Path:
 def as_json(job: Job, summary: Summary, report: Path | None) -> dict[str, Any]:
     """The summary of ``--json``."""
     files = dict.fromkeys(file for entry in summary.done for file in entry.files)
-    return {
+    told: dict[str, Any] = {
         "complete": not summary.interrupted,
         "counts": {
             "found": summary.found,
@@ -70,6 +71,9 @@ def as_json(job: Job, summary: Summary, report: Path | None) -> dict[str, Any]:
         "images_per_second": round(summary.rate, 3),
         "failed": [{"path": entry.path, "reason": entry.reason} for entry in summary.failed],
     }
+    if job.request.profile:
+        told["profile"] = [asdict(stage) for stage in summary.profile.stages]
+    return told
 
 
 def as_lines(job: Job, summary: Summary, report: Path | None) -> Iterator[str]:
@@ -93,6 +97,8 @@ def as_lines(job: Job, summary: Summary, report: Path | None) -> Iterator[str]:
         yield f"{count} images have maps with NaN or infinity, which are shown in grey"
     if tables := _tables(job, summary):
         yield f"tables: {', '.join(tables)}"
+    if job.request.profile:
+        yield from summary.profile.lines()
     if report is not None:
         yield f"report: {report}"
     elif job.ledger:

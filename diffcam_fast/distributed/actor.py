@@ -10,19 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from diffcam_fast.distributed.rows import dataset_schema, explained_rows, failed_rows
 from diffcam_fast.distributed.settings import Settings
-from diffcam_fast.images.read import (
-    ImageError,
-    image_from_pixels,
-    read_image,
-    read_image_bytes,
-)
-from diffcam_fast.outputs.record import values_of
-from diffcam_fast.running import is_out_of_memory
+from diffcam_fast.images.read import ImageError, image_from_pixels
+from diffcam_fast.outputs.record import Values, values_of
+from diffcam_fast.stream import NetworkStage, OutOfMemory, Preparation, normalises_on
+from diffcam_fast.stream.items import Pixels
+from diffcam_fast.stream.network import Refused
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +34,7 @@ class _Decoded:
     """One image for the network, or the reason why there is none."""
 
     path: str
-    pixels: Tensor | None
+    values: Tensor | None
     reason: str = ""
 
 
@@ -59,9 +55,18 @@ class ExplainBatches:
     def __init__(self, settings: Settings, *, batch_size: int, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self._opened = settings.open(device, threads=threads)
-        self._topk = settings.topk
-        self._at_once = 1 if self._opened.single else batch_size
-        self._device = device
+        target, preprocess = torch.device(device), self._opened.loaded.preprocess
+        on_device = normalises_on(target, preprocess)
+        self._preparation = Preparation(preprocess, raw=on_device)
+        self._stage = NetworkStage(
+            self._opened.explainer,
+            targets=self._opened.targets,
+            topk=settings.topk,
+            normalise=preprocess if on_device else None,
+            device=target,
+            batch_size=1 if self._opened.single else batch_size,
+        )
+        self._at_once = self._stage.batch_size
         self._lost = ""
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="diffcam")
 
@@ -92,7 +97,7 @@ class ExplainBatches:
         waiting: list[_Decoded] = []
         for item in self._pool.map(self._decode, paths, content):
             waiting.append(item)
-            if sum(held.pixels is not None for held in waiting) >= self._at_once:
+            if sum(held.values is not None for held in waiting) >= self._at_once:
                 rows += self._finish(waiting)
                 waiting = []
         rows += self._finish(waiting)
@@ -100,7 +105,7 @@ class ExplainBatches:
 
     def _decode(self, path: str, content: Any) -> _Decoded:
         try:
-            return _Decoded(path, self._opened.loaded.preprocess(_read(content)))
+            return _Decoded(path, self._prepare(content).values)
         except ImageError as error:
             reason = str(error)
         except MemoryError:
@@ -109,52 +114,59 @@ class ExplainBatches:
             reason = f"cannot be prepared: {error!r}"
         return _Decoded(path, None, reason)
 
+    def _prepare(self, content: Any) -> Pixels:
+        if isinstance(content, bytes):
+            return self._preparation.of_bytes(content)
+        if isinstance(content, str):
+            return self._preparation.of_file(content)
+        if content is None:
+            raise ImageError("no content")
+        return self._preparation.of(image_from_pixels(content))
+
     def _finish(self, items: Sequence[_Decoded]) -> list[Rows]:
         """The rows of each item, in their order."""
-        found = iter(self._explain([(i.path, i.pixels) for i in items if i.pixels is not None]))
+        found = iter(self._explain([i.values for i in items if i.values is not None]))
         return [
-            failed_rows(item.path, item.reason) if item.pixels is None else next(found)
-            for item in items
+            _rows(item.path, item.reason if item.values is None else next(found)) for item in items
         ]
 
-    def _explain(self, items: Sequence[tuple[str, Tensor]]) -> list[Rows]:
-        """Explains images together; where the network raises, in halves, down to one by one."""
-        if not items:
-            return []
+    def _explain(self, images: Sequence[Tensor]) -> list[Values | str]:
+        """What is said of each image, or why nothing is."""
         if self._lost:
-            return [failed_rows(path, self._lost) for path, _ in items]
+            return [self._lost] * len(images)
         try:
-            targets = [self._opened.targets] * len(items) if self._opened.targets else None
-            pixels = torch.stack([pixels for _, pixels in items])
-            result = self._opened.explainer(pixels, targets, topk=self._topk)
-            values = values_of(result, self._opened.labels)
-            return [explained_rows(path, own) for (path, _), own in zip(items, values, strict=True)]
-        except Exception as error:  # noqa: BLE001 - a network may raise anything
-            full = is_out_of_memory(error)
-            message = next(iter(str(error).splitlines()), "")
-            reason = f"the network raised {type(error).__name__}" + (message and f": {message}")
-        # Outside of the handler, whose traceback holds on to the tensors that were too large.
-        self._check_device(reason)
-        if len(items) == 1:
-            path, _ = items[0]
-            return [failed_rows(path, "out of memory with this image alone" if full else reason)]
-        half = (len(items) + 1) // 2
-        if full:
-            self._at_once = min(self._at_once, half)
-        return self._explain(items[:half]) + self._explain(items[half:])
+            parts = self._stage(images)
+        except OutOfMemory:
+            if len(images) == 1:
+                self._check_device("out of memory")
+                return [self._lost or "out of memory with this image alone"]
+            return [found for image in images for found in self._explain([image])]
+        refused = next((part for part in parts if isinstance(part, Refused)), None)
+        if refused is not None:
+            self._check_device(refused.reason)
+        found: list[Values | str] = []
+        for part in parts:
+            if isinstance(part, Refused):
+                found.append(self._lost or part.reason)
+            else:
+                found += values_of(part, self._opened.labels)
+        return found
 
     def _check_device(self, reason: str) -> None:
         """Notes where the GPU is lost: the images at hand fail, and the next batch goes elsewhere.
 
         To repeat these, too, would take for ever where one of them is to blame.
         """
-        if self._device == "cpu":
+        if self._stage.device.type == "cpu":
             return
         try:
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()
         except RuntimeError:
             self._lost = f"the GPU was lost: {reason}"
+
+
+def _rows(path: str, found: Values | str) -> Rows:
+    return failed_rows(path, found) if isinstance(found, str) else explained_rows(path, found)
 
 
 def check_columns(columns: Sequence[str]) -> None:
@@ -170,13 +182,3 @@ def check_columns(columns: Sequence[str]) -> None:
         )
     if "bytes" in columns and "image" in columns:
         raise ValueError("the dataset has images in bytes and in image; drop one of the columns")
-
-
-def _read(content: Any) -> Image.Image:
-    if isinstance(content, bytes):
-        return read_image_bytes(content)
-    if isinstance(content, str):
-        return read_image(content)
-    if content is None:
-        raise ImageError("no content")
-    return image_from_pixels(content)

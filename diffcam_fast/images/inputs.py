@@ -36,6 +36,9 @@ class Source:
     path: Path
     name: str
 
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
 
 @dataclass(frozen=True)
 class _Found:

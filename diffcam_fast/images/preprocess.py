@@ -76,12 +76,24 @@ class Preprocess:
         """
         import torch
 
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        pixels = torch.from_numpy(np.array(self._resize_and_crop(image)))
-        values = pixels.permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
+        values = self.pixels(image).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
         mean = torch.tensor(self.mean, dtype=torch.float32).view(3, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32).view(3, 1, 1)
         return values.sub_(mean).div_(std)
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """The crop of one image that the network sees, before it is normalised.
+
+        Args:
+            image: Of any size; a mode other than RGB is converted.
+
+        Returns:
+            Tensor (H, W, 3), uint8.
+        """
+        import torch
+
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        return torch.from_numpy(np.array(self._resize_and_crop(image)))
 
     def box(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The region that the network sees.
@@ -151,3 +163,17 @@ class Preprocess:
         """Left and top of the centre crop; ``round`` as in torchvision's ``center_crop``."""
         height, width = self.size
         return round((full_width - width) / 2.0), round((full_height - height) / 2.0)
+
+
+class AsItIs(Preprocess):
+    """For a file that resizes and normalises itself: the whole picture, uint8 (H, W, 3)."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """The pixels of one image."""
+        return self.pixels(image)
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """The pixels of one image."""
+        import torch
+
+        return torch.from_numpy(np.array(image.convert("RGB")))

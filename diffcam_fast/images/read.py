@@ -67,27 +67,18 @@ def read_image(
         raise ImageError(f"cannot be read: {_plain(error)}") from error
 
 
-def read_image_bytes(
+def decode_image(
     data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
 ) -> Image.Image:
-    """Reads an image file that is in memory already, as :func:`read_image` reads one from a disk.
+    """As `read_image`, of a file that is in memory already.
 
     Args:
-        data: The whole content of a JPEG, PNG, WebP, BMP, TIFF or GIF file.
-        max_pixels: As for :func:`read_image`.
-        max_bytes: Longer contents are refused before they are looked at.
-
-    Returns:
-        An image of mode ``RGB``.
+        data: What the file holds.
+        max_pixels: As `read_image` takes it.
+        max_bytes: More are refused.
 
     Raises:
-        ImageError: Whatever is wrong with the content, in a few plain words.
-
-    Example:
-        >>> file = io.BytesIO()
-        >>> Image.new("RGB", (3, 2)).save(file, "PNG")
-        >>> read_image_bytes(file.getvalue()).size
-        (3, 2)
+        ImageError: Whatever is wrong with the data, in a few plain words.
     """
     _check_length(len(data), max_bytes)
     return _decode(io.BytesIO(data), max_pixels)

@@ -108,11 +108,12 @@ class Record(Values):
             return self.heatmaps
         import torch
 
-        # The engine's own definition, so that a picture shows what Explanation.heatmaps holds.
-        from diffcam_kernels import ops
+        # The engine's own definition, so that a picture shows what Explanation.heatmaps holds. Not
+        # the operator around it, which would import PyTorch's compiler, for a second.
+        from diffcam_kernels import reference
 
         maps = torch.tensor(self.maps, dtype=torch.float32)
-        pictures: NDArray[np.float32] = ops.heatmap(maps[None], *self.size)[0].numpy()
+        pictures: NDArray[np.float32] = reference.heatmap(maps[None], *self.size)[0].numpy()
         return pictures
 
     def entry(self, files: Iterable[str]) -> Entry:

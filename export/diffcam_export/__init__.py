@@ -8,18 +8,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffcam_export.explainer import OnnxExplainer
     from diffcam_export.export import Exported, export_onnx
+    from diffcam_export.fastest import Fastest, accelerate
     from diffcam_export.verify import Check, Report, verify
 
 _HOMES = {
     "Check": "verify",
     "Exported": "export",
+    "Fastest": "fastest",
     "OnnxExplainer": "explainer",
     "Report": "verify",
+    "accelerate": "fastest",
     "export_onnx": "export",
     "verify": "verify",
 }
 
-__all__ = ["Check", "Exported", "OnnxExplainer", "Report", "export_onnx", "verify"]
+__all__ = [
+    "Check",
+    "Exported",
+    "Fastest",
+    "OnnxExplainer",
+    "Report",
+    "accelerate",
+    "export_onnx",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

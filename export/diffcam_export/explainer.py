@@ -1,7 +1,8 @@
 """Explained ONNX files, run as the engine runs a PyTorch model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from diffcam_export.image_input import ImageInput
 from diffcam_export.running import run
 from diffcam_export.session import Opened, Provider, open_session
 from diffcam_fast.explanation import Explanation
-from diffcam_fast.images.preprocess import Preprocess
+from diffcam_fast.images.preprocess import AsItIs, Preprocess
+from diffcam_fast.stream import Profile, Streamed, stream
 from diffcam_fast.targets import Targets, resolve_targets
-from diffcam_kernels import ops
+from diffcam_kernels import ops, reference
 
 TARGETS = "targets"
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -196,11 +198,51 @@ class OnnxExplainer:
             classes, maps = classes[:, : topk or 1], maps[:, : topk or 1]
         return self._explanation(logits, classes, maps)
 
+    def stream(
+        self,
+        source: Iterable[Any],
+        *,
+        preprocess: Preprocess | None = None,
+        batch_size: int = 16,
+        targets: int | Sequence[int] = (),
+        topk: int | None = None,
+        workers: int | None = None,
+        timeout: float | None = None,
+        pictures: bool = False,
+        profile: Profile | None = None,
+    ) -> Iterator[Streamed]:
+        """Explains what a source yields, in order, while it reads on: see
+        `diffcam_fast.stream.stream`, whose arguments these are.
+
+        `preprocess` is the file's own where it is None. A file that prepares pictures itself takes
+        them one by one, since their sizes differ.
+        """
+        known = preprocess or self.preprocess
+        if self.input.dtype == torch.uint8:
+            known, batch_size = AsItIs((1, 1)), 1
+        return stream(
+            self,
+            source,
+            preprocess=known,
+            batch_size=batch_size,
+            targets=targets,
+            topk=topk,
+            workers=workers,
+            timeout=timeout,
+            pictures=pictures,
+            profile=profile,
+        )
+
     def _explanation(self, logits: Tensor, classes: Tensor, maps: Tensor) -> Explanation:
         if self._facts.probabilities:
             logits = logits.float().clamp_min(_SMALLEST).log()
         operands = self._facts.contrast.operands(logits, classes)
-        _, _, scores = ops.contrast_gradient(logits, classes, *operands)
+        if logits.device.type == "cpu":
+            # The definition itself: the operator would import PyTorch's compiler, for a second.
+            gradient = reference.contrast_gradient(logits, classes, *operands)
+            scores = reference.contrast_score(logits, gradient)
+        else:
+            _, _, scores = ops.contrast_gradient(logits, classes, *operands)
         return Explanation(
             logits=logits,
             targets=classes,

@@ -1,8 +1,12 @@
 """Which axes of a model's image input are height and width."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import onnx_ir as ir
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def channels_last(shape: Sequence[object]) -> bool:

@@ -1,8 +1,9 @@
-"""What environment variables decide; no other module of the project's kernels reads any."""
+"""What environment variables decide; no other module of the project reads any."""
 
 import os
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,6 +32,15 @@ def uses_kernels(*operands: Tensor | None) -> bool:
     if choice == "reference" or any(t.dtype == torch.float64 for t in tensors):
         return False
     return choice == "triton" or (tensors[0].device.type == "cuda" and _triton_is_there())
+
+
+def cache_folder() -> Path:
+    """Where exported models are kept: `DIFFCAM_CACHE`, or `diffcam-fast` in the user's cache."""
+    given = os.environ.get("DIFFCAM_CACHE")
+    if given:
+        return Path(given).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "diffcam-fast"
 
 
 @cache

@@ -1,0 +1,106 @@
+"""`diffcam bench engine`: the command."""
+
+import json as json_module
+import os
+from collections.abc import Iterator, Mapping
+
+import click
+from tqdm import tqdm
+
+from diffcam_bench.rows import read_rows, results_folder, write_rows
+
+MODELS = ("torchvision:resnet50", "torchvision:efficientnet_b0")
+
+
+@click.command()
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=MODELS,
+    show_default=True,
+    help="timm: or torchvision:NAME; may be repeated.",
+)
+@click.option(
+    "--source",
+    "sources",
+    type=click.Choice(("memory", "files")),
+    multiple=True,
+    default=("memory", "files"),
+    show_default=True,
+    help="Images as the network takes them, or JPEG files.",
+)
+@click.option("--images", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=None, help="Default: all.")
+@click.option("--no-peers", is_flag=True, help="Plain inference and ours alone.")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@click.option("--write", is_flag=True, help="Keep the rows in benchmarks/results/engine.csv.")
+def engine(
+    models: tuple[str, ...],
+    sources: tuple[str, ...],
+    images: int,
+    batch_size: int,
+    rounds: int,
+    threads: int | None,
+    no_peers: bool,
+    as_json: bool,
+    write: bool,
+) -> None:
+    """Images a second, explained, beside plain inference and other libraries.
+
+    On the CPU, with random weights, all in turn on the same images. Nothing is timed unless the
+    maps agree. Exit code 1 where something that was asked for does not hold.
+    """
+    from diffcam_bench.engine import Contest, contest
+
+    def all_of_them() -> Iterator[Contest]:
+        for model in models:
+            for source in sources:
+                with tqdm(total=rounds, unit="round", leave=False) as bar:
+                    yield contest(
+                        model,
+                        source=source,
+                        images=images,
+                        batch_size=batch_size,
+                        rounds=rounds,
+                        threads=threads or os.cpu_count() or 1,
+                        peers=not no_peers,
+                        progress=lambda done, bar=bar: bar.update(),  # type: ignore[misc]
+                    )
+
+    made: list[dict[str, object]] = []
+    lost = 0
+    for found in all_of_them():
+        rows = found.rows()
+        made += rows
+        if write:
+            _keep(rows)
+        verdicts = found.verdicts()
+        lost += sum(verdict.endswith("LOST") for verdict in verdicts)
+        if not as_json:
+            click.echo(f"{found.model}, from {found.source}: {found.runtime}")
+            for row in rows:
+                click.echo(
+                    f"  {row['name']!s:<28} {row['images_per_s']!s:>7} images/s   ours over it "
+                    f"{row['ours_over']!s:>6} ({row['ours_over_p20']} - {row['ours_over_p80']})"
+                )
+            for verdict in verdicts:
+                click.echo(f"  {verdict}")
+    if as_json:
+        click.echo(json_module.dumps(made, indent=2))
+    if lost:
+        raise SystemExit(1)
+
+
+def _keep(new: list[dict[str, object]]) -> None:
+    """In place of the rows of an earlier run of the same."""
+    path = results_folder() / "engine.csv"
+
+    def key(row: Mapping[str, object]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in ("model", "source", "batch_size"))
+
+    replaced = {key(row) for row in new}
+    kept = [row for row in read_rows(path) if key(row) not in replaced]
+    write_rows(path, [*kept, *new])

@@ -1,0 +1,313 @@
+"""The fastest way to run an explainer on this machine, found once and kept."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffcam_export.cache import Cache, Kept, digest_of, versions
+from diffcam_export.explainer import OnnxExplainer
+from diffcam_export.session import CPU
+from diffcam_fast.contrast import Contrast
+from diffcam_fast.explainer import Explainer, Setup
+from diffcam_fast.explanation import Explanation
+from diffcam_fast.images.preprocess import Preprocess
+from diffcam_fast.methods import METHODS
+from diffcam_fast.running import pick_logits
+
+Backend = Literal["auto", "torch", "onnxruntime"]
+
+# As far as float32 in another order may be off, relative to the largest value of a map.
+_TOLERANCE = 1e-3
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """An explainer, and why it is the one.
+
+    Attributes:
+        explainer: what to call.
+        reason: why it runs where it runs, in a sentence.
+        path: the exported file that runs; None where PyTorch does.
+    """
+
+    explainer: Explainer | OnnxExplainer
+    reason: str
+    path: Path | None = None
+
+
+def accelerate(
+    explainer: Explainer,
+    *,
+    backend: Backend = "auto",
+    targets: Literal["predicted", "input"] = "predicted",
+    topk: int | None = None,
+    batch_size: int = 16,
+    threads: int | None = None,
+    cache: Path | None = None,
+    preprocess: Preprocess | None = None,
+    labels: tuple[str, ...] | None = None,
+) -> Fastest:
+    """The same explanations from the fastest runtime of this machine.
+
+    On the CPU the model is exported once, with its maps in the graph, compared with the explainer,
+    timed beside it, and kept in the user's cache under its weights, its code and the options; ONNX
+    Runtime takes about half of eager PyTorch's time for most convolutional networks. On CUDA
+    PyTorch runs, with the kernels.
+
+    Args:
+        explainer: to make faster; it stays as it is.
+        backend: `auto`: the faster of both; `onnxruntime` or `torch`: this one.
+        targets: `predicted`: calls explain the predicted class alone; `input`: any classes, which
+            costs time where the head has no closed form.
+        topk: calls explain the k best classes of each image instead.
+        batch_size: that both are timed with.
+        threads: for the work inside an operator; None: all processors.
+        cache: folder of exported files; None: `DIFFCAM_CACHE`, or `diffcam-fast` in the user's
+            cache.
+        preprocess: from a photograph to the input, kept in the file.
+        labels: K class names, kept in the file.
+
+    Returns:
+        What to call, and why.
+
+    Raises:
+        ValueError: an unknown backend, or `onnxruntime` where the file would not give the same.
+
+    Example:
+        >>> fast = accelerate(Explainer(model))                  # doctest: +SKIP
+        >>> fast.reason                                          # doctest: +SKIP
+        'onnxruntime takes 0.52 of the time of torch (16 images at a time)'
+    """
+    if backend not in ("auto", "torch", "onnxruntime"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'onnxruntime', got {backend!r}")
+    if backend == "torch":
+        return Fastest(explainer, "torch was asked for")
+    if topk is not None and targets == "input":
+        raise ValueError(f"topk={topk} excludes targets='input'; leave one out")
+    reason = _obstacle(explainer)
+    if reason is None and _allowed(explainer.setup.contrast) is not None:
+        # The check on random images needs a class that is none of the contrast's own.
+        targets = "input"
+        reason = None if topk is None else "the best classes may be those of the contrast"
+    if reason is None:
+        candidate = _Candidate(explainer, targets, topk, batch_size, threads, preprocess, labels)
+        found = candidate.opened(Cache(cache))
+        if isinstance(found, Fastest):
+            return candidate.forced(found) if backend == "onnxruntime" else found
+        reason = found
+    if backend == "onnxruntime":
+        raise ValueError(f"onnxruntime cannot run this explainer: {reason}")
+    return Fastest(explainer, f"torch, because {reason}")
+
+
+def _obstacle(explainer: Explainer) -> str | None:
+    """What an exported file could not do as the explainer does it."""
+    setup = explainer.setup
+    if explainer.device.type != "cpu":
+        return f"the model is on {explainer.device}, where PyTorch runs the kernels"
+    if len(setup.layers) > 1:
+        return "the maps of several layers are fused"
+    if METHODS.get(setup.method.name) != setup.method:
+        return f"the method {setup.method.name} has settings of the caller's own"
+    if setup.augment is not None:
+        return "the maps of several views are averaged"
+    if setup.output is not pick_logits:
+        return "the logits are found by a function of the caller's"
+    return None
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An explainer as an exported file."""
+
+    explainer: Explainer
+    targets: Literal["predicted", "input"]
+    topk: int | None
+    batch_size: int
+    threads: int | None
+    preprocess: Preprocess | None
+    labels: tuple[str, ...] | None
+
+    def opened(self, cache: Cache) -> Fastest | str:
+        """The faster of both; or why there is no file."""
+        key = self._key()
+        kept = cache.get(key)
+        if kept is None:
+            try:
+                kept = cache.put(key, self._make)
+            except OSError as error:
+                return f"the cache {cache.folder} cannot be written: {error.strerror or error}"
+            except (ValueError, TypeError) as error:
+                return f"it cannot be exported: {next(iter(str(error).splitlines()), '')}"
+        found = self._checked(kept)
+        if isinstance(found, str):
+            cache.drop(key)
+        return found
+
+    def _key(self) -> dict[str, Any]:
+        setup = self.explainer.setup
+        return {
+            "model": digest_of(setup.model),
+            **_options(setup),
+            "targets": self.targets,
+            "topk": self.topk,
+            "batch_size": self.batch_size,
+            "threads": self.threads,
+            "preprocess": self.preprocess,
+            "labels": self.labels,
+            "versions": versions(),
+        }
+
+    def _make(self, path: Path) -> Mapping[str, Any]:
+        """Exports and times; returns what to note."""
+        # Here, not above: whoever opens a kept file need not import what wrote it.
+        from diffcam_export.export import export_onnx
+
+        setup = self.explainer.setup
+        export_onnx(
+            setup.model,
+            path,
+            example_inputs=self._images(2),
+            layer=setup.layers[0],
+            method=setup.method.name,
+            contrast=setup.contrast,
+            relu=setup.relu,
+            targets=self.targets,
+            topk=self.topk,
+            preprocess=self.preprocess,
+            labels=self.labels,
+            verify=False,
+        )
+        ours, theirs = self._timed(path)
+        return {"onnxruntime_s": ours, "torch_s": theirs}
+
+    def _checked(self, kept: Kept) -> Fastest | str:
+        """Opens a file and compares its maps with the explainer's: code may have changed unseen."""
+        try:
+            file = OnnxExplainer(kept.path, providers=[CPU], threads=self.threads)
+        except ValueError as error:
+            return str(error)
+        images = self._images(2)
+        expected = self._explained(self.explainer, images)
+        if self.targets == "input":
+            # Of the classes that PyTorch found: of two equal logits either may be the largest.
+            made = file(images, expected.targets)
+        else:
+            made = self._explained(file, images)
+        off = _relative(made.maps, expected.maps)
+        if not off <= _TOLERANCE:
+            return f"its exported maps are off by {off:.1e}, more than {_TOLERANCE:.0e}"
+        ratio = kept.facts["onnxruntime_s"] / kept.facts["torch_s"]
+        told = f"{ratio:.2f} of the time of torch ({self.batch_size} images at a time)"
+        if ratio > 1:
+            return Fastest(self.explainer, f"torch, because onnxruntime takes {told}", kept.path)
+        return Fastest(file, f"onnxruntime takes {told}", kept.path)
+
+    def forced(self, found: Fastest) -> Fastest:
+        """The file, though PyTorch may be faster."""
+        if isinstance(found.explainer, OnnxExplainer) or found.path is None:
+            return found
+        file = OnnxExplainer(found.path, providers=[CPU], threads=self.threads)
+        return replace(found, explainer=file, reason="onnxruntime was asked for")
+
+    def _timed(self, path: Path) -> tuple[float, float]:
+        """Seconds for a batch in ONNX Runtime and in PyTorch, in turn."""
+        file = OnnxExplainer(path, providers=[CPU], threads=self.threads)
+        images = self._images(self.batch_size)
+        taken: dict[str, list[float]] = {"file": [], "torch": []}
+        for number in range(_ROUNDS + 1):
+            for name, explain in (("file", file), ("torch", self.explainer)):
+                start = time.perf_counter()
+                self._explained(explain, images)
+                if number:
+                    taken[name].append(time.perf_counter() - start)
+        return statistics.median(taken["file"]), statistics.median(taken["torch"])
+
+    def _explained(self, explain: Explainer | OnnxExplainer, images: Tensor) -> Explanation:
+        """Of a class that the contrast takes as a target, where one may be asked for."""
+        allowed = _allowed(self.explainer.setup.contrast)
+        if allowed is None or self.targets != "input":
+            return explain(images, topk=self.topk)
+        return explain(images, allowed)
+
+    def _images(self, count: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(count, *self.explainer.setup.examples, generator=generator)
+
+
+def remember(name: Mapping[str, Any], fastest: Fastest, *, cache: Path | None = None) -> None:
+    """Keeps a file under a further name, that can be known without the model.
+
+    Args:
+        name: all that the file depends on, versions of packages aside.
+        fastest: what `accelerate` found; where PyTorch runs, nothing is kept.
+        cache: as in `accelerate`.
+    """
+    if isinstance(fastest.explainer, OnnxExplainer) and fastest.path is not None:
+        path = fastest.path
+        with suppress(OSError):
+            Cache(cache).put(
+                {**name, "versions": versions()},
+                lambda _: {"file": path.name, "reason": fastest.reason, "whole": _bytes(path)},
+            )
+
+
+def recall(
+    name: Mapping[str, Any], *, threads: int | None = None, cache: Path | None = None
+) -> Fastest | None:
+    """What `remember` kept under this name, opened without the model; None where nothing is."""
+    store = Cache(cache)
+    kept = store.get({**name, "versions": versions()})
+    if kept is None:
+        return None
+    path = store.folder / str(kept.facts.get("file"))
+    if _bytes(path) != kept.facts.get("whole"):
+        return None
+    try:
+        explainer = OnnxExplainer(path, providers=[CPU], threads=threads)
+    except ValueError:
+        return None
+    return Fastest(explainer, str(kept.facts["reason"]), path)
+
+
+def _bytes(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _options(setup: Setup) -> dict[str, Any]:
+    contrast = setup.contrast
+    weights = contrast.weights
+    return {
+        "layer": setup.layers[0],
+        "method": repr(setup.method),
+        "contrast": [contrast.name, contrast.temperature, contrast.reference],
+        "weights": None if weights is None else weights.tolist(),
+        "relu": setup.relu,
+        "examples": setup.examples,
+    }
+
+
+def _allowed(contrast: Contrast) -> int | None:
+    """A class that a contrast takes as a target; None: it takes any."""
+    if contrast.weights is not None:
+        free = (contrast.weights.reshape(-1, contrast.weights.shape[-1]) == 0).all(dim=0)
+        return int(free.nonzero()[0]) if free.any() else None
+    taken = contrast.reference
+    return None if taken is None else next(c for c in range(len(taken) + 1) if c not in taken)
+
+
+def _relative(made: Tensor, expected: Tensor) -> float:
+    if made.shape != expected.shape:
+        return float("inf")
+    largest = float(expected.abs().max())
+    return float((made - expected).abs().max()) / (largest or 1.0)
