@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from commandline import environment, write_images, write_network
 from diffcam_fast import Contrast, Explainer
-from diffcam_fast.cli.cluster import read_outcome
+from diffcam_fast.cli.cluster_summary import read_outcome
 from diffcam_fast.cli.main import main
 from diffcam_fast.distributed import dataset_schema
 from diffcam_fast.distributed.actor import ExplainBatches

@@ -1,19 +1,19 @@
-"""``diffcam explain --engine ray``: its options, what is read, and what is told at the end."""
+"""``diffcam explain --engine ray``: its options, what is read, and where it is run."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from diffcam_fast.cli.console import Console, printable
+from diffcam_fast.cli.cluster_summary import Outcome, read_outcome
+from diffcam_fast.cli.console import Console
 
 if TYPE_CHECKING:
     import ray.data
@@ -34,7 +34,6 @@ _LOCAL = (
     "profile",
 )
 _RAY = ("ray_address", "actors", "actor_cpus", "actor_gpus")
-_SHOWN = 20
 # Shards of ResNet's maps are about a megabyte then, and few enough to list.
 _ROWS_PER_FILE = 10_000
 
@@ -70,25 +69,6 @@ def cluster_options(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a run.
-
-    Attributes:
-        out: The dataset.
-        explained: Images.
-        failed: Path and reason of each image that was not.
-        rows: One for each explained image and target.
-        seconds: With the start of the actors.
-    """
-
-    out: str
-    explained: int
-    failed: list[tuple[str, str]]
-    rows: int
-    seconds: float
 
 
 def check_engine(context: click.Context) -> None:
@@ -204,48 +184,6 @@ def run_on_ray(prepared: Prepared, console: Console) -> Outcome | None:
     return read_outcome(prepared.out, prepared.asked, seconds=seconds)
 
 
-def read_outcome(out: str, asked: int, *, seconds: float) -> Outcome:
-    """Counts what a dataset holds, from three of its columns.
-
-    Args:
-        out: Its folder or URI.
-        asked: Targets of an image; where they were named, two may be one class.
-        seconds: That it took.
-    """
-    import pyarrow.dataset as pads  # type: ignore[import-untyped,unused-ignore]
-
-    dataset = pads.dataset(out, format="parquet")
-    explained = pads.field("error").is_null()
-    rows = dataset.count_rows(filter=explained)
-    # The rows of an image stand together, so that as many as were asked for hold a whole one.
-    first = dataset.head(asked, columns=["target"], filter=explained)
-    targets = len(set(first.column("target").to_pylist())) or 1
-    failed = dataset.to_table(["path", "error"], filter=pads.field("error").is_valid())
-    lines = sorted((row["path"], row["error"]) for row in failed.to_pylist())
-    return Outcome(out, rows // targets, lines, rows, seconds)
-
-
-def tell(outcome: Outcome, *, as_json: bool) -> None:
-    """Prints the summary."""
-    if as_json:
-        told = {
-            "complete": True,
-            "counts": {
-                "found": outcome.explained + len(outcome.failed),
-                "explained": outcome.explained,
-                "failed": len(outcome.failed),
-            },
-            "out": outcome.out,
-            "rows": outcome.rows,
-            "seconds": round(outcome.seconds, 3),
-            "failed": [{"path": path, "reason": reason} for path, reason in outcome.failed],
-        }
-        click.echo(json.dumps(told, indent=2))
-        return
-    for line in _lines(outcome):
-        click.echo(printable(line))
-
-
 def is_uri(name: str) -> bool:
     """Whether an input or output is a URI rather than a path.
 
@@ -265,21 +203,6 @@ def shards(out: str) -> str:
         's3://bucket/run/maps.parquet'
     """
     return f"{(out if is_uri(out) else os.path.abspath(out)).rstrip('/')}/{NAME}"
-
-
-def _lines(outcome: Outcome) -> Iterator[str]:
-    found = outcome.explained + len(outcome.failed)
-    counted = f"{outcome.explained} of {found} images explained"
-    if outcome.failed:
-        counted += f", {len(outcome.failed)} failed"
-    rate = found / max(outcome.seconds, 1e-9)
-    yield f"{counted}, in {outcome.seconds:.1f} s ({rate:.1f} images/s)"
-    if outcome.failed:
-        yield "failed:"
-        yield from (f"  {path}: {reason}" for path, reason in outcome.failed[:_SHOWN])
-        if len(outcome.failed) > _SHOWN:
-            yield f"  and {len(outcome.failed) - _SHOWN} more, see the column error"
-    yield f"tables: {outcome.out}"
 
 
 def _is_given(context: click.Context, name: str) -> bool:

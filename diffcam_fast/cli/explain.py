@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from diffcam_fast.cli.cluster import check_engine, cluster_options, prepare_on_ray, run_on_ray, tell
+from diffcam_fast.cli.cluster import check_engine, cluster_options, prepare_on_ray, run_on_ray
+from diffcam_fast.cli.cluster_summary import tell
 from diffcam_fast.cli.console import Console, printable
 
 if TYPE_CHECKING:
