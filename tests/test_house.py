@@ -28,7 +28,16 @@ FOLDERS = {
 ORDER = list(FOLDERS)
 
 # heavy or optional: imported where they are used
-NOT_AT_IMPORT = {"triton", "onnx", "onnxruntime", "torchvision", "timm", "matplotlib", "pyarrow"}
+NOT_AT_IMPORT = {
+    "triton",
+    "onnx",
+    "onnxruntime",
+    "torchvision",
+    "timm",
+    "matplotlib",
+    "pyarrow",
+    "ray",
+}
 
 
 def imports(tree: ast.AST, *, lazy: bool = False) -> Iterator[tuple[str, int, bool]]:

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffcam_fast.images.read import ImageError, read_image
+from diffcam_fast.images.read import (
+    ImageError,
+    decode_image,
+    image_from_pixels,
+    read_image,
+)
 
 # Top row red, green; bottom row blue, white.
 COLOURS = np.array(
@@ -445,3 +450,50 @@ def test_result_does_not_need_the_file(tmp_path):
     image = read_image(path)
     path.unlink()
     assert (centres(image) == COLOURS).all()
+
+
+def test_bytes_are_read_as_their_file_is(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", COLOURS)
+    data = path.read_bytes()
+    assert decode_image(data).tobytes() == read_image(path).tobytes()
+    for damaged in (b"", b"no image", data[:60], data[:-40]):
+        path.write_bytes(damaged)
+        with pytest.raises(ImageError) as from_bytes:
+            decode_image(damaged)
+        with pytest.raises(ImageError) as from_file:
+            read_image(path)
+        assert str(from_bytes.value) == str(from_file.value)
+
+
+def test_bytes_have_the_same_limits() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(stream, "PNG")
+    with pytest.raises(ImageError, match=r"30 x 20 = 0.0006 Mpixel, the limit is 0.0005 Mpixel"):
+        decode_image(stream.getvalue(), max_pixels=500)
+    with pytest.raises(ImageError, match=r"too large: 0.0 MiB, the limit"):
+        decode_image(stream.getvalue(), max_bytes=10)
+
+
+def test_pixels_become_rgb() -> None:
+    assert np.array_equal(np.asarray(image_from_pixels(COLOURS)), COLOURS)
+    grey = COLOURS[:, :, 0]
+    assert np.array_equal(np.asarray(image_from_pixels(grey)), np.stack([grey] * 3, axis=2))
+    assert np.array_equal(
+        np.asarray(image_from_pixels(grey[:, :, None])), np.stack([grey] * 3, axis=2)
+    )
+    clear = np.dstack([COLOURS, np.zeros((2, 2), np.uint8)])
+    assert np.asarray(image_from_pixels(clear)).min() == 255
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.zeros((2, 2), np.float32), "pixels are float32"),
+        (np.zeros((2, 2, 2), np.uint8), r"of shape \(2, 2, 2\)"),
+        (np.zeros((0, 2, 3), np.uint8), "has no pixels"),
+        (np.zeros((200, 200, 3), np.uint8), "the limit is 0.01 Mpixel"),
+    ],
+)
+def test_pixels_are_checked(pixels: np.ndarray, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        image_from_pixels(pixels, max_pixels=10_000)

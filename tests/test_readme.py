@@ -66,7 +66,7 @@ def blocks_of(document: str) -> list[Block]:
 README = blocks_of("README.md")
 DOCUMENTS = [("README", block) for block in README] + [
     (name, block)
-    for name in ("deploy", "methods", "migrate")
+    for name in ("deploy", "methods", "migrate", "scale")
     for block in blocks_of(f"docs/{name}.md")
 ]
 
@@ -197,6 +197,26 @@ def test_readme_numbers_are_the_committed_rows() -> None:
     exact = sum(float(row["error"]) <= 1e-5 for row in explained)
     assert f"{len(explained)} of {len(rows)} are explained, {closed} of them in closed form" in text
     assert f"{exact} agree to 1e-5" in text
+
+
+def test_scale_rates_are_the_committed_rows() -> None:
+    text = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    lines = re.findall(
+        r"^\| (\w+\.csv) \| (\S+), .* \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M
+    )
+    assert len(lines) == 3
+    for name, model, batch, milliseconds, rate in lines:
+        with open(ROOT / "benchmarks/results" / name, encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["model"] == model]
+        key = "explained_ms" if name == "onnx_cost.csv" else "median_ms"
+        assert {row["cpus"] for row in rows if row[key] == milliseconds} == {"2"}, name
+        assert float(rate) == pytest.approx(1000 * int(batch) / float(milliseconds), abs=0.05)
+
+
+def test_scale_example_prints_what_stands_below_it(tmp_path: Path) -> None:
+    text = (ROOT / "docs/scale.md").read_text(encoding="utf-8").partition("### An example")[2]
+    code, printed = (match["body"] for match in FENCE.finditer(text))
+    assert run([sys.executable, "-c", code], tmp_path) == printed
 
 
 def test_readme_kernel_table_is_the_committed_rows() -> None:

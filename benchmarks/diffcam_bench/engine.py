@@ -287,7 +287,7 @@ class _Candidates:
             if self._early is not None:
                 early = self._early.explainer
                 name = f"{OURS}, {self._earlier}"
-                cases[name] = lambda: _drain(early, self._batch, self._size, heatmaps=sides)
+                cases[name] = lambda: _drain(early, self._batch, self._size)
             chunks: Any = torch.split(self._batch, self._size)
         else:
             paths = write_jpegs(self._folder, len(self._batch))

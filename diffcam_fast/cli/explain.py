@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from diffcam_fast.cli.cluster import check_engine, cluster_options, prepare_on_ray, run_on_ray
+from diffcam_fast.cli.cluster_summary import tell
 from diffcam_fast.cli.console import Console, printable
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     help="Output folder.  [default: beside a single image, else diffcam-out; with --report,"
     " --resume, jsonl or parquet always diffcam-out]",
 )
@@ -135,13 +137,16 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--profile", is_flag=True, help="Say how busy each stage was, and which one is the limit."
 )
+@cluster_options
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why.")
+@click.pass_context
 def explain(
+    context: click.Context,
     inputs: tuple[str, ...],
     model: str | None,
     weights: str | None,
-    out: Path | None,
+    out: str | None,
     formats: tuple[str, ...],
     overlay: Literal["side", "blend"],
     report: bool,
@@ -161,6 +166,11 @@ def explain(
     resume: bool,
     timeout: float,
     profile: bool,
+    engine: str,
+    ray_address: str | None,
+    actors: int | None,
+    actor_cpus: int | None,
+    actor_gpus: float | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -176,6 +186,16 @@ def explain(
       diffcam explain photos/ -m torchvision:resnet50 --weights w.safetensors -o out/ --report
     """  # noqa: D301 - click takes the control character for: do not rewrap
     console = Console(verbose)
+    check_engine(context)
+    if engine == "ray":
+        prepared = prepare_on_ray(context.params, console)
+        # After Ray has started, which takes the signals for itself.
+        with stopping_on_signals():
+            outcome = run_on_ray(prepared, console)
+        if outcome is None:
+            raise click.exceptions.Exit(INTERRUPTED)
+        tell(outcome, as_json=as_json)
+        raise click.exceptions.Exit(SOME_FAILED if outcome.failed else 0)
     with stopping_on_signals():
         try:
             # Here, not above: PyTorch takes seconds to import, and --help needs none of it.
@@ -186,7 +206,7 @@ def explain(
                 text_list=text_list,
                 model=model,
                 weights=weights,
-                out=out,
+                out=None if out is None else Path(out),
                 formats=formats,
                 overlay=overlay,
                 report=report,

@@ -17,6 +17,7 @@ import torch
 from diffcam_fast.cli.backend import accelerated, recalled
 from diffcam_fast.cli.console import Console, shortened
 from diffcam_fast.cli.onnx import Described, Explains, open_explained
+from diffcam_fast.contrast import Contrast
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.formats import names_onnx
@@ -165,12 +166,7 @@ def prepare(request: Request, console: Console) -> Job:
         # ONNX Runtime has the processors. What is left for PyTorch is small, and its threads would
         # wait for each other.
         torch.set_num_threads(1)
-    with _running(loaded):
-        # One image tells the number of classes before any output is touched.
-        blank = torch.zeros(1, 3, *loaded.preprocess.size)
-        if isinstance(loaded, Described) and loaded.single:
-            blank = torch.zeros(1, *loaded.preprocess.size, 3, dtype=torch.uint8)
-        trial = explainer(blank)
+    trial = try_out(loaded, explainer)
     classes = trial.logits.shape[1]
     labels = loaded.labels if request.labels is None else read_labels(request.labels)
     if request.labels is None and labels is not None and len(labels) != classes:
@@ -198,11 +194,24 @@ def prepare(request: Request, console: Console) -> Job:
     )
 
 
+def try_out(loaded: LoadedModel | Described, explainer: Explains) -> Explanation:
+    """Explains one blank image: it tells the number of classes before any output is touched.
+
+    Raises:
+        ValueError: The network fails at this size.
+    """
+    with _running(loaded):
+        blank = torch.zeros(1, 3, *loaded.preprocess.size)
+        if isinstance(loaded, Described) and loaded.single:
+            blank = torch.zeros(1, *loaded.preprocess.size, 3, dtype=torch.uint8)
+        return explainer(blank)
+
+
 def _loaded(
     request: Request, device: str, images: int | None, console: Console
 ) -> tuple[LoadedModel, Explains]:
     """The network that a request names, and what explains it."""
-    loaded = load_model(request.model, weights=_weights(request.weights), device=device)
+    loaded = load_model(request.model, weights=parse_weights(request.weights), device=device)
     if request.weights == "random":
         console.say("the weights are random: labels and maps mean nothing")
     loaded = resized(loaded, request.size)
@@ -225,7 +234,7 @@ def make_explainer(
     *,
     layer: str | None = None,
     method: str = DEFAULT_METHOD,
-    contrast: str | None = None,
+    contrast: str | Contrast | None = None,
     temperature: float | None = None,
 ) -> Explainer:
     """The explainer of a loaded model at the size of its preprocessing.
@@ -263,7 +272,7 @@ def resized(loaded: _Loaded, size: str | None) -> _Loaded:
     """
     if size is None:
         return loaded
-    return replace(loaded, preprocess=loaded.preprocess.with_size(_size(size)))
+    return replace(loaded, preprocess=loaded.preprocess.with_size(parse_size(size)))
 
 
 @contextmanager
@@ -326,13 +335,19 @@ def _make_writer(name: str, out: Path, request: Request) -> Writer:
     return makers[name](out)
 
 
-def _weights(text: str | None) -> Weights:
+def parse_weights(text: str | None) -> Weights:
+    """What ``--weights`` names: a file, ``random``, or nothing."""
     if text is None:
         return None
     return "random" if text == "random" else Path(text)
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width in ``224`` or ``HEIGHTxWIDTH``.
+
+    Raises:
+        ValueError: The text is no size.
+    """
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if match is None:
         raise ValueError(f"--size is {text!r}; give a side such as 224, or HEIGHTxWIDTH")

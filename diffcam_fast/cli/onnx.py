@@ -52,8 +52,12 @@ class Described:
     assumed: str | None = None
 
 
-def open_explained(request: "Request") -> tuple[Described, Explains]:
+def open_explained(request: "Request", *, threads: int | None = None) -> tuple[Described, Explains]:
     """The ONNX file that a request names, if it has what is asked for.
+
+    Args:
+        request: Of its options those that say what is explained, and where.
+        threads: For the work inside an operator on the CPU; None: what ONNX Runtime takes.
 
     Raises:
         ValueError: no explained ONNX file, or options that only another export could meet.
@@ -73,7 +77,11 @@ def open_explained(request: "Request") -> tuple[Described, Explains]:
         on_gpu = (CUDA, {"device_id": device.index or 0})
         providers = [CPU] if device.type == "cpu" else [on_gpu]
     explainer = OnnxExplainer(
-        request.model, layer=request.layer, providers=providers, strict=request.device is not None
+        request.model,
+        layer=request.layer,
+        providers=providers,
+        strict=request.device is not None,
+        threads=threads,
     )
     temperature = explainer.inspect().contrast.temperature
     for option, asked, has in (

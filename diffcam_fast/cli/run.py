@@ -17,6 +17,7 @@ from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.inputs import Source
 from diffcam_fast.models.labels import label_of
 from diffcam_fast.outputs.ledger import Entry, Ledger
+from diffcam_fast.outputs.record import values_of
 from diffcam_fast.outputs.writers import JsonlWriter, ParquetWriter, Record, files_of
 from diffcam_fast.stream import (
     WORKERS,
@@ -244,28 +245,10 @@ class _Loop:
 def _records(
     explained: Explained, result: Explanation, labels: Sequence[str] | None
 ) -> Iterator[Record]:
-    rows = zip(
-        explained.keys,
-        explained.pictures,
-        result.targets.tolist(),
-        result.probabilities.gather(1, result.targets).tolist(),
-        result.scores.tolist(),
-        result.maps.numpy(),
-        result.finite.tolist(),
-        strict=True,
-    )
-    for source, picture, targets, chances, scores, maps, finite in rows:
-        yield Record(
-            source=source,
-            targets=targets,
-            labels=[label_of(target, labels) for target in targets],
-            probabilities=chances,
-            scores=scores,
-            maps=maps,
-            heatmaps=None,
-            view=picture,
-            finite=finite,
-        )
+    rows = zip(explained.keys, explained.pictures, values_of(result, labels), strict=True)
+    for source, picture, values in rows:
+        assert picture is not None, "the preparation makes one of every file"
+        yield Record(source=source, heatmaps=None, view=picture, **vars(values))
 
 
 def _tops(result: Explanation, labels: Sequence[str] | None) -> list[list[tuple[str, float]]]:

@@ -1,4 +1,4 @@
-"""Read one image file into 8-bit RGB, with bounds on bytes and pixels checked before decoding."""
+"""Read one image into 8-bit RGB, with bounds on bytes and pixels checked before decoding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 262, 0
 
 
 class ImageError(ValueError):
-    """A file that cannot be read as an image; the message is the reason, without the path."""
+    """What cannot be read as an image; the message is the reason, without the path."""
 
 
 def read_image(
@@ -82,6 +82,34 @@ def decode_image(
     """
     _check_length(len(data), max_bytes)
     return _decode(io.BytesIO(data), max_pixels)
+
+
+def image_from_pixels(pixels: np.ndarray[Any, Any], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image that somebody else decoded, as 8-bit RGB; transparency is composited on white.
+
+    Args:
+        pixels: uint8 of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+        max_pixels: Larger images are refused.
+
+    Returns:
+        An image of mode ``RGB``.
+
+    Raises:
+        ImageError: Another shape or type, or too many pixels.
+
+    Example:
+        >>> image_from_pixels(np.full((2, 3), 7, np.uint8)).getpixel((0, 0))
+        (7, 7, 7)
+    """
+    grey = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 1)
+    if pixels.dtype != np.uint8 or not (grey or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+        raise ImageError(
+            f"pixels are {pixels.dtype} of shape {pixels.shape}, expected uint8 (H, W), (H, W, 3)"
+            " or (H, W, 4)"
+        )
+    height, width = pixels.shape[:2]
+    _check_pixels((width, height), max_pixels)
+    return _to_rgb(Image.fromarray(pixels.reshape(height, width) if grey else pixels))
 
 
 def _check_file(path: Path, max_bytes: int) -> None:
@@ -166,7 +194,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "CMYK":
         return _cmyk_to_rgb(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -180,7 +208,7 @@ def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     return _keep_exif(rgb, image)
 
 
-def _cmyk_to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
     # Pillow inverts every CMYK JPEG, as Adobe writes them; one without Adobe's marker is upright.
     if image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         upright = Image.merge("CMYK", [band.point(lambda v: 255 - v) for band in image.split()])
@@ -188,7 +216,7 @@ def _cmyk_to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     return _keep_exif(image.convert("RGB"), image)
 
 
-def _deep_grey_to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     """Scales 16-bit, 32-bit and float grey to 8 bits; ``image.convert`` would clip it at 255."""
     values = np.asarray(image)
     if image.mode == "F":
@@ -217,7 +245,7 @@ def _scale_wide(values: np.ndarray[Any, Any], *, limits: Sequence[float]) -> np.
     return np.rint(scaled).astype(np.uint8)
 
 
-def _white_is_zero(image: ImageFile.ImageFile) -> bool:
+def _white_is_zero(image: Image.Image) -> bool:
     tags = getattr(image, "tag_v2", {})
     return bool(tags.get(_PHOTOMETRIC_TAG, 1) == _WHITE_IS_ZERO)
 

@@ -51,13 +51,16 @@ class LoadedModel:
     batch: int | None = None
 
 
-def load_model(spec: str | None, *, weights: Weights = None, device: str = "cpu") -> LoadedModel:
+def load_model(
+    spec: str | Callable[[], object] | None, *, weights: Weights = None, device: str = "cpu"
+) -> LoadedModel:
     """Makes the network that ``spec`` names.
 
     Args:
         spec: ``torchvision:NAME``, ``timm:NAME``, a file of `torch.export.save` (``.pt2``),
             ``package.module:factory`` (imported with the working folder on the path, and called;
-            it returns an ``nn.Module`` or a `LoadedModel`), or None: EfficientNet-Lite0.
+            it returns an ``nn.Module`` or a `LoadedModel`), such a function itself, or None:
+            EfficientNet-Lite0.
         weights: A weights file, which is never unpickled; ``"random"``; or None for the trained
             weights that the model comes with (torchvision and timm download them).
         device: ``cpu``, ``cuda``, ``cuda:1``, ...
@@ -69,6 +72,8 @@ def load_model(spec: str | None, *, weights: Weights = None, device: str = "cpu"
     target = check_device(device)
     if spec is None:
         loaded = _load_default(weights)
+    elif not isinstance(spec, str):
+        loaded = _call_factory(spec, getattr(spec, "__qualname__", type(spec).__name__), weights)
     elif spec.startswith("torchvision:"):
         loaded = _load_torchvision(spec, spec.partition(":")[2], weights)
     elif spec.startswith("timm:"):
@@ -221,10 +226,14 @@ def _load_factory(spec: str, weights: Weights) -> LoadedModel:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ValueError(f"{spec}: {module_name} has no function {attribute!r}")
+    return _call_factory(factory, spec, weights)
+
+
+def _call_factory(factory: Callable[[], object], spec: str, weights: Weights) -> LoadedModel:
     try:
         made = factory()
     except Exception as error:
-        raise _raised(f"calling {attribute}", spec, error) from error
+        raise _raised(f"calling {spec.rpartition(':')[2]}", spec, error) from error
     if isinstance(made, LoadedModel):
         loaded = made
     elif isinstance(made, nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,37 +12,75 @@ import numpy as np
 from PIL import Image
 
 from diffcam_fast.images.inputs import Source
+from diffcam_fast.models.labels import label_of
 from diffcam_fast.outputs.ledger import Entry
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from diffcam_fast.explanation import Explanation
 
-@dataclass(frozen=True)
-class Record:
-    """One explained image with its T targets.
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """What an explanation says of one image and its T targets.
 
     Attributes:
-        source: Where the image came from.
         targets: T explained classes.
         labels: T class names.
         probabilities: T softmax values.
         scores: T contrasts.
         maps: (T, h, w) float32, unnormalised.
-        heatmaps: (T, H, W) in [0, 1] or None, when only pictures need them and make their own.
-        view: What the network saw, at the resolution that pictures shall have.
         finite: T flags: the map is free of NaN and infinity.
     """
 
-    source: Source
     targets: Sequence[int]
     labels: Sequence[str]
     probabilities: Sequence[float]
     scores: Sequence[float]
     maps: NDArray[np.float32]
+    finite: Sequence[bool]
+
+
+def values_of(result: Explanation, labels: Sequence[str] | None) -> Iterator[Values]:
+    """Each image of a batch by itself, on the CPU.
+
+    Args:
+        result: Of N images.
+        labels: K class names, or None.
+    """
+    rows = zip(
+        result.targets.cpu().tolist(),
+        result.probabilities.gather(1, result.targets).cpu().tolist(),
+        result.scores.cpu().tolist(),
+        result.maps.cpu().numpy(),
+        result.finite.cpu().tolist(),
+        strict=True,
+    )
+    for targets, probabilities, scores, maps, finite in rows:
+        yield Values(
+            targets=targets,
+            labels=[label_of(target, labels) for target in targets],
+            probabilities=probabilities,
+            scores=scores,
+            maps=maps,
+            finite=finite,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Values):
+    """One explained image with its T targets: its values, and what pictures are made from.
+
+    Attributes:
+        source: Where the image came from.
+        heatmaps: (T, H, W) in [0, 1] or None, when only pictures need them and make their own.
+        view: What the network saw, at the resolution that pictures shall have.
+    """
+
+    source: Source
     heatmaps: NDArray[np.float32] | None
     view: Image.Image
-    finite: Sequence[bool]
 
     def __post_init__(self) -> None:
         counts = [

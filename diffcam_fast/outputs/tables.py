@@ -16,7 +16,7 @@ import numpy as np
 
 from diffcam_fast.outputs.atomic import atomic_write, sync_folder
 from diffcam_fast.outputs.ledger import Entry
-from diffcam_fast.outputs.record import Record, Writer
+from diffcam_fast.outputs.record import Record, Values, Writer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,8 +101,8 @@ class ParquetWriter(Writer):
         import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
 
         path = self.shards / f"part-{self._next:05d}.parquet"
-        rows = [row for record in records for row in _rows(record)]
-        _write_table(path, pa.Table.from_pylist(rows, schema=_schema()))
+        rows = [row for record in records for row in table_rows(str(record.source.path), record)]
+        _write_table(path, pa.Table.from_pylist(rows, schema=table_schema()))
         self._next += 1
         return [[path] for _ in records]
 
@@ -169,18 +169,24 @@ def _numbers(values: Iterable[float]) -> list[float | None]:
     return [float(f"{v:.9g}") if math.isfinite(v) else None for v in values]
 
 
-def _rows(record: Record) -> list[dict[str, Any]]:
+def table_rows(path: str, values: Values) -> list[dict[str, Any]]:
+    """The rows of one image, one for each of its T targets; `table_schema` has their types.
+
+    Args:
+        path: What the column ``path`` shall hold; bytes that are no UTF-8 are replaced.
+        values: What was found out about the image.
+    """
     rows = []
-    for index, target in enumerate(record.targets):
-        plane = np.asarray(record.maps[index], np.float32)
+    for index, target in enumerate(values.targets):
+        plane = np.asarray(values.maps[index], np.float32)
         scale = _scale(plane)
         rows.append(
             {
-                "path": _utf8(str(record.source.path)),
+                "path": _utf8(path),
                 "target": int(target),
-                "label": record.labels[index],
-                "probability": float(record.probabilities[index]),
-                "score": float(record.scores[index]),
+                "label": values.labels[index],
+                "probability": float(values.probabilities[index]),
+                "score": float(values.scores[index]),
                 "map": (plane / np.float32(scale)).astype(np.float16).ravel(),
                 "h": plane.shape[0],
                 "w": plane.shape[1],
@@ -201,7 +207,8 @@ def _scale(plane: NDArray[np.float32]) -> float:
 
 
 @functools.cache
-def _schema() -> Any:
+def table_schema() -> Any:
+    """The columns of `ParquetWriter`, a ``pyarrow.Schema``."""
     import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
 
     return pa.schema(
