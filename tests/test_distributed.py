@@ -33,7 +33,7 @@ from diffcam_fast.images.inputs import Source
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.images.read import read_image
 from diffcam_fast.models import LoadedModel, load_model
-from diffcam_fast.outputs.tables import ParquetWriter
+from diffcam_fast.outputs.parquet import ParquetWriter
 from diffcam_fast.outputs.writers import Record
 from explained import write_explained
 from networks import pooled

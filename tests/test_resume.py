@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -24,6 +25,8 @@ from diffcam_fast.cli.main import main
 COUNT = 24
 _FORMATS = [f"--format={name}" for name in ("overlay", "npz", "jsonl", "parquet")]
 _EXPLAIN = ["explain", "photos", "-m", MODEL, "-o", "out", "--batch-size", "2", "--json"]
+# Rows of two batches wait for each other: a kill strikes between a shard and the ledger too.
+_EXPLAIN += ["--shard-size", "4"]
 
 
 @pytest.fixture
@@ -79,7 +82,21 @@ def check_whole(folder: Path) -> None:
     rows = pq.read_table(out / "maps.parquet").column("path").to_pylist()
     assert Counter(rows) == Counter(good)
     check_pictures(out, len(good))
+    check_manifest(out, len(good))
     assert list(out.rglob("*.tmp")) == []
+
+
+def check_manifest(out: Path, count: int) -> None:
+    """It names the shards that are there, as they are."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert (manifest["images"], manifest["failed"]) == (count, 1)
+    shards = sorted((out / "maps.parquet").iterdir())
+    assert [shard["file"] for shard in manifest["shards"]] == [path.name for path in shards]
+    for shard, path in zip(manifest["shards"], shards, strict=True):
+        assert shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert shard["bytes"] == path.stat().st_size
+        assert shard["rows"] == shard["images"] == pq.read_metadata(path).num_rows
 
 
 def check_pictures(out: Path, count: int | None = None) -> None:

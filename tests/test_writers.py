@@ -11,11 +11,16 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from diffcam_fast.images.inputs import Source
 from diffcam_fast.outputs.ledger import Entry
+from diffcam_fast.outputs.rows import table_rows
 from diffcam_fast.outputs.writers import (
     HeatmapWriter,
     JsonlWriter,
@@ -226,6 +231,77 @@ def test_parquet_keeps_nan_and_infinity(tmp_path):
     (row,) = pyarrow.dataset.dataset(tmp_path / "maps.parquet").to_table().to_pylist()
     np.testing.assert_array_equal(row["map"], plane.ravel())
     assert row["scale"] == 1.0
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        (1, 3, 4),
+        elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    )
+)
+def test_uint8_is_right_to_half_a_step(plane):
+    (row,) = table_rows("a", record("a", plane), map_type="uint8")
+    found = row["map"] * row["scale"] + row["offset"]
+    span = float(plane.max()) - float(plane.min())
+    assert row["map"].dtype == np.uint8
+    assert np.abs(found - plane.ravel().astype(float)).max() <= span / 255 * 0.5001 + span * 1e-12
+    assert {0} <= set(row["map"]) and (span == 0 or 255 in row["map"])
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_uint8_says_where_a_map_is_not_finite(odd):
+    (row,) = table_rows("a", record("a", np.array([[[1.0, odd]]], np.float32)), map_type="uint8")
+    assert np.isnan(row["map"] * np.float32(row["scale"]) + row["offset"]).all()
+
+
+def test_uint8_shards(tmp_path):
+    writer = ParquetWriter(tmp_path, map_type="uint8")
+    writer.write([record("a")])
+    table = pyarrow.dataset.dataset(tmp_path / "maps.parquet").to_table()
+    assert table.schema.field("map").type == pa.list_(pa.uint8())
+    (row,) = table.to_pylist()
+    plane = record("a").maps[0].ravel()
+    step = np.ptp(plane) / 255
+    found = np.array(row["map"]) * row["scale"] + row["offset"]
+    assert np.abs(found - plane).max() <= step * 0.51
+
+
+def test_a_shard_waits_until_it_is_full(tmp_path, monkeypatch):
+    writer = ParquetWriter(tmp_path, shard_images=3)
+    first = tmp_path / "maps.parquet" / "part-00000.parquet"
+    assert writer.write_each([record("a"), record("b")]) == [[first], [first]]
+    assert (writer.waiting, first.exists()) == (2, False)
+    # A batch is not taken apart.
+    assert writer.write_each([record("c"), record("d")]) == [[first], [first]]
+    assert writer.waiting == 0 and pq.read_metadata(first).num_rows == 4
+    second = first.with_name("part-00001.parquet")
+    assert writer.write_each([record("e")]) == [[second]]
+    assert not writer.due
+    monkeypatch.setattr("diffcam_fast.outputs.parquet._SECONDS", -1.0)
+    assert writer.due
+    writer.flush()
+    assert pq.read_metadata(second).num_rows == 1
+    writer.publish(complete=True, facts={"failed": 2})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [(shard["file"], shard["images"]) for shard in manifest["shards"]] == [
+        (first.name, 4),
+        (second.name, 1),
+    ]
+    assert (manifest["images"], manifest["rows"], manifest["failed"]) == (5, 5, 2)
+    writer.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_that_cannot_be_written_waits_on(tmp_path):
+    (tmp_path / "maps.parquet").write_text("in the way")
+    writer = ParquetWriter(tmp_path, shard_images=8)
+    writer.write_each([record("a")])
+    with pytest.raises(FileExistsError):
+        writer.flush()
+    (tmp_path / "maps.parquet").unlink()
+    writer.flush()
+    assert pyarrow.dataset.dataset(tmp_path / "maps.parquet").count_rows() == 1
 
 
 def test_paths_that_are_no_utf8(tmp_path):

@@ -28,6 +28,8 @@ _LOCAL = (
     "cmap",
     "text_list",
     "resume",
+    "shard_size",
+    "map_type",
     "device",
     "backend",
     "timeout",

@@ -72,6 +72,20 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     " all images.",
 )
 @click.option(
+    "--shard-size",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Images in one file of maps.parquet/; what a killed run had finished of one is lost.",
+)
+@click.option(
+    "--map-type",
+    type=click.Choice(("float16", "uint8")),
+    default="float16",
+    show_default=True,
+    help="Of the maps in maps.parquet/.",
+)
+@click.option(
     "--overlay",
     type=click.Choice(("side", "blend")),
     default="side",
@@ -148,6 +162,8 @@ def explain(
     weights: str | None,
     out: str | None,
     formats: tuple[str, ...],
+    shard_size: int,
+    map_type: Literal["float16", "uint8"],
     overlay: Literal["side", "blend"],
     report: bool,
     targets: tuple[str, ...],
@@ -208,6 +224,8 @@ def explain(
                 weights=weights,
                 out=None if out is None else Path(out),
                 formats=formats,
+                shard_size=shard_size,
+                map_type=map_type,
                 overlay=overlay,
                 report=report,
                 targets=targets,

@@ -65,6 +65,8 @@ class Request:
         timeout: Seconds that reading one image may take.
         profile: Tell how busy each stage was.
         backend: Which runtime explains; auto: the fastest, where finding it out is worth it.
+        shard_size: Images in one file of a Parquet dataset.
+        map_type: Of the maps in it.
     """
 
     inputs: tuple[str, ...]
@@ -90,6 +92,8 @@ class Request:
     timeout: float = 60.0
     profile: bool = False
     backend: Literal["auto", "torch", "onnxruntime"] = "auto"
+    shard_size: int = 1024
+    map_type: Literal["float16", "uint8"] = "float16"
 
 
 @dataclass(frozen=True)
@@ -328,7 +332,9 @@ def _make_writer(name: str, out: Path, request: Request) -> Writer:
         "heatmap": HeatmapWriter,
         "npz": NpzWriter,
         "jsonl": JsonlWriter,
-        "parquet": ParquetWriter,
+        "parquet": lambda folder: ParquetWriter(
+            folder, shard_images=request.shard_size, map_type=request.map_type
+        ),
     }
     if name not in makers:
         raise ValueError(f"unknown format {name!r}; known are overlay, {', '.join(makers)}")
@@ -375,6 +381,7 @@ def _settings(
         "topk": request.topk,
         "formats": sorted(set(request.formats)),
         "overlay": request.overlay if "overlay" in request.formats else None,
+        "map type": request.map_type if "parquet" in request.formats else None,
         "cmap": request.cmap,
         "report": request.report,
     }

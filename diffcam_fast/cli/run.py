@@ -23,6 +23,7 @@ from diffcam_fast.stream import (
     WORKERS,
     Explained,
     NetworkStage,
+    OutOfMemory,
     Pipeline,
     Preparation,
     Profile,
@@ -113,9 +114,15 @@ def run(job: Job, console: Console) -> Summary:
         loop = _Loop(job, console, summary, ledger, redo, pool, parts, advance)
         start = time.perf_counter()
         try:
-            loop.run(pending)
-        except KeyboardInterrupt:
-            summary.interrupted = True
+            try:
+                loop.run(pending)
+            except KeyboardInterrupt:
+                summary.interrupted = True
+            except OutOfMemory:
+                loop.commit()
+                raise
+            loop.commit()
+            loop.publish(complete=not summary.interrupted)
         finally:
             summary.seconds = time.perf_counter() - start
         if ledger is not None and not summary.interrupted:
@@ -173,6 +180,8 @@ class _Loop:
     pool: ThreadPoolExecutor
     parts: ReportParts | None
     advance: Callable[[int], object]
+    # Finished, and not yet accounted for.
+    waiting: list[Entry] = field(default_factory=list)
 
     def run(self, pending: Iterable[Source]) -> None:
         request, preprocess = self.job.request, self.job.loaded.preprocess
@@ -236,10 +245,33 @@ class _Loop:
         self._account([entry])
 
     def _account(self, entries: list[Entry]) -> None:
-        if self.ledger is not None:
-            self.ledger.append([entry for entry in entries if entry.path not in self.redo])
-        self.summary.entries.extend(entries)
+        """Notes images that are finished; they count when all that holds them is on the disk."""
+        self.waiting += entries
         self.advance(len(entries))
+        if all(shards.due or not shards.waiting for shards in self._shards):
+            self.commit()
+            self.publish(complete=False)
+
+    def commit(self) -> None:
+        """Writes the rows that wait, and accounts for the images that waited for them."""
+        for shards in self._shards:
+            shards.flush()
+        if self.ledger is not None:
+            new = (entry for entry in self.waiting if entry.path not in self.redo)
+            # Whoever was interrupted behind this line commits once more.
+            self.ledger.append([entry for entry in new if entry.path not in self.ledger])
+        entries, self.waiting = self.waiting, []
+        self.summary.entries += entries
+
+    def publish(self, *, complete: bool) -> None:
+        """Writes the manifest over what is accounted for."""
+        facts = {"failed": len(self.summary.failed), "settings": self.job.settings}
+        for shards in self._shards:
+            shards.publish(complete=complete, facts=facts)
+
+    @property
+    def _shards(self) -> list[ParquetWriter]:
+        return [writer for writer in self.job.writers if isinstance(writer, ParquetWriter)]
 
 
 def _records(

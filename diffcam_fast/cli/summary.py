@@ -9,9 +9,10 @@ from diffcam_fast.cli.job import Job
 from diffcam_fast.cli.report_parts import REPORT_NAME, ReportParts
 from diffcam_fast.cli.run import Summary
 from diffcam_fast.explainer import Explainer
+from diffcam_fast.outputs.jsonl import JsonlWriter
 from diffcam_fast.outputs.ledger import Entry
+from diffcam_fast.outputs.parquet import ParquetWriter
 from diffcam_fast.outputs.report import write_report
-from diffcam_fast.outputs.tables import JsonlWriter, ParquetWriter
 
 # More lines than this are read in the outputs, not on a terminal.
 _SHOWN = 20

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from diffcam_fast.outputs.record import Values
-from diffcam_fast.outputs.tables import table_rows, table_schema
+from diffcam_fast.outputs.rows import table_rows, table_schema
 
 
 @functools.cache

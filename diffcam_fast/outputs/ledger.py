@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -24,7 +25,7 @@ LEDGER_NAME = "ledger.jsonl"
 _VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One image that was explained, or could not be: a line of the ledger.
 
@@ -51,6 +52,11 @@ class Entry:
     probabilities: tuple[float, ...] = ()
     scores: tuple[float, ...] = ()
     finite: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Of many images these are the same, and a run holds the entries of all.
+        for name in ("files", "labels"):
+            object.__setattr__(self, name, tuple(map(sys.intern, getattr(self, name))))
 
     def to_line(self) -> str:
         """The entry as one line of JSON, numbers that are not finite as null."""

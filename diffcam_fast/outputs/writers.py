@@ -14,8 +14,9 @@ from PIL import Image
 
 from diffcam_fast.images.colour import MID_GREY, blend, side_by_side
 from diffcam_fast.outputs.atomic import atomic_write
+from diffcam_fast.outputs.jsonl import JsonlWriter
+from diffcam_fast.outputs.parquet import ParquetWriter
 from diffcam_fast.outputs.record import Record, Writer
-from diffcam_fast.outputs.tables import JsonlWriter, ParquetWriter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

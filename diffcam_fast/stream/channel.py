@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -134,7 +134,8 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
-        self._hired = 0
+        self._threads: list[threading.Thread] = []
+        self._closed = False
         for _ in range(count):
             self.hire()
 
@@ -146,17 +147,31 @@ class Workers:
 
     def hire(self) -> None:
         """One more thread, in the place of one that hangs."""
-        self._hired += 1
-        name = f"diffcam-worker-{self._hired}"
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        name = f"diffcam-worker-{len(self._threads) + 1}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
-    def close(self) -> None:
-        """Sends the threads home, each after what it is at."""
-        for _ in range(self._hired):
+    def close(self) -> list[threading.Thread]:
+        """Sends the threads home, each after what it is at; returns them."""
+        self._closed = True
+        for _ in self._threads:
             self._tasks.put(None)
+        return self._threads
 
     def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
+        while (task := self._tasks.get()) is not None and not self._closed:
             task.run()
             # An idle worker shall not hold on to what the last task made.
             del task
+
+
+def join_all(threads: Iterable[threading.Thread], seconds: float) -> None:
+    """Waits for threads to end, but not for one that hangs.
+
+    The interpreter must not end while a thread is inside of PyTorch: it would take it down from
+    there, and the process with it.
+    """
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))

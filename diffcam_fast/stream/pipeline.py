@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.read import ImageError
-from diffcam_fast.stream.channel import Channel, Closed, Task, TookTooLong, Workers
+from diffcam_fast.stream.channel import Channel, Closed, Task, TookTooLong, Workers, join_all
 from diffcam_fast.stream.items import FLUSH, Flush, Item, Pixels, Preparation, images_of, samples
 from diffcam_fast.stream.network import NetworkStage, Refused
 from diffcam_fast.stream.profile import Profile
@@ -23,6 +24,8 @@ from diffcam_fast.stream.profile import Profile
 WORKERS = min(8, cpu_count() or 1)
 # Batches that wait for the caller, and batches of images that wait for the network.
 _DONE, _AHEAD = 2, 2
+# Seconds that are waited for threads at the end.
+_LONGEST_BATCH, _HANGS = 120.0, 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +115,17 @@ class Pipeline:
             # A source that hangs shall not keep the process.
             thread.daemon = True
             thread.start()
+
+        def end() -> None:
+            loading.close()
+            done.close()
+            reader, network = threads
+            # What the network is at ends; a reader may hang, and a worker that reads.
+            join_all([network], _LONGEST_BATCH)
+            join_all([reader, *workers.close()], _HANGS)
+
+        # Also where the caller leaves this generator as it is, and the interpreter ends.
+        atexit.register(end)
         try:
             while True:
                 item = done.get()
@@ -123,9 +137,8 @@ class Pipeline:
                 yield item
                 self._profile.add(self._caller, start, perf_counter())
         finally:
-            loading.close()
-            done.close()
-            workers.close()
+            atexit.unregister(end)
+            end()
 
     def _read(
         self, source: Iterable[Any], workers: Workers, out: Channel[_Loading | Flush | _End]
