@@ -28,6 +28,7 @@ _LOCAL = (
     "cmap",
     "text_list",
     "resume",
+    "watch",
     "shard_size",
     "map_type",
     "device",

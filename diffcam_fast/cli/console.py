@@ -60,8 +60,9 @@ class Console:
             self.say(text)
 
     @contextmanager
-    def progress(self, total: int) -> Iterator[Callable[[int], object]]:
-        """A bar of ``total`` images with their rate; silent where there is no terminal.
+    def progress(self, total: int | None) -> Iterator[Callable[[int], object]]:
+        """A bar of ``total`` images with their rate, None for no end; silent where there is no
+        terminal.
 
         Yields:
             A function to call with the number of images that are finished since the last call.

@@ -137,6 +137,13 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--list", "text_list", type=_FILE, help="Text file with one image path a line.")
 @click.option(
+    "--watch",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Explain the images of a folder, and those that come, until Ctrl-C; goes on where an"
+    " earlier run stopped.",
+)
+@click.option(
     "--resume",
     is_flag=True,
     help="Go on where an earlier run stopped; failed images and deleted outputs are made again.",
@@ -179,6 +186,7 @@ def explain(
     labels: Path | None,
     cmap: str,
     text_list: Path | None,
+    watch: Path | None,
     resume: bool,
     timeout: float,
     profile: bool,
@@ -240,6 +248,7 @@ def explain(
                 backend=backend,
                 labels=labels,
                 cmap=cmap,
+                watch=watch,
                 resume=resume,
                 timeout=timeout,
                 profile=profile,

@@ -1,6 +1,7 @@
 """From the options of ``diffcam explain`` to everything that a run needs, checked."""
 
 import hashlib
+import importlib.util
 import os
 import re
 import sys
@@ -65,6 +66,7 @@ class Request:
         timeout: Seconds that reading one image may take.
         profile: Tell how busy each stage was.
         backend: Which runtime explains; auto: the fastest, where finding it out is worth it.
+        watch: A folder whose images are explained as they come, in place of inputs.
         shard_size: Images in one file of a Parquet dataset.
         map_type: Of the maps in it.
     """
@@ -92,6 +94,7 @@ class Request:
     timeout: float = 60.0
     profile: bool = False
     backend: Literal["auto", "torch", "onnxruntime"] = "auto"
+    watch: Path | None = None
     shard_size: int = 1024
     map_type: Literal["float16", "uint8"] = "float16"
 
@@ -103,6 +106,7 @@ class Job:
     Attributes:
         sources: The images.
         out: Where outputs go.
+        watch: The folder whose images are explained as they come; None: there is an end.
         ledger: Whether the run keeps account in ``out``; not so beside a single image.
         loaded: The network, its preprocessing and its own class names.
         explainer: Of that network, or of an ONNX file.
@@ -118,6 +122,7 @@ class Job:
     sources: list[Source]
     out: Path
     ledger: bool
+    watch: Path | None
     loaded: LoadedModel | Described
     explainer: Explains
     labels: tuple[str, ...] | None
@@ -140,13 +145,8 @@ def prepare(request: Request, console: Console) -> Job:
         colour_map(np.zeros((1, 1)), request.cmap)
     beside = _stands_beside(request)
     out = Path(request.inputs[0]).parent if beside else request.out or DEFAULT_OUT
-    sources = find_images(
-        request.inputs,
-        text_list=request.text_list,
-        stdin=_standard_input() if "-" in request.inputs else None,
-        exclude=None if beside else out,
-    )
-    if not sources:
+    sources = [] if request.watch is not None else _found(request, None if beside else out)
+    if not sources and request.watch is None:
         raise ValueError("the list names no images")
     # Before the model: a wrong colour map need not wait for it.
     writers = tuple(_make_writer(name, out, request) for name in dict.fromkeys(request.formats))
@@ -165,7 +165,9 @@ def prepare(request: Request, console: Console) -> Job:
         loaded, explainer, reason = kept
         console.why(f"runtime: {reason}")
     else:
-        loaded, explainer = _loaded(request, device, len(sources), console)
+        loaded, explainer = _loaded(
+            request, device, None if request.watch is not None else len(sources), console
+        )
     if device == "cpu" and not isinstance(explainer, Explainer):
         # ONNX Runtime has the processors. What is left for PyTorch is small, and its threads would
         # wait for each other.
@@ -187,6 +189,7 @@ def prepare(request: Request, console: Console) -> Job:
         sources=sources,
         out=out,
         ledger=not beside,
+        watch=request.watch,
         loaded=loaded,
         explainer=explainer,
         labels=labels,
@@ -209,6 +212,15 @@ def try_out(loaded: LoadedModel | Described, explainer: Explains) -> Explanation
         if isinstance(loaded, Described) and loaded.single:
             blank = torch.zeros(1, *loaded.preprocess.size, 3, dtype=torch.uint8)
         return explainer(blank)
+
+
+def _found(request: Request, exclude: Path | None) -> list[Source]:
+    return find_images(
+        request.inputs,
+        text_list=request.text_list,
+        stdin=_standard_input() if "-" in request.inputs else None,
+        exclude=exclude,
+    )
 
 
 def _loaded(
@@ -304,7 +316,9 @@ def _standard_input() -> TextIO:
 
 
 def _check(request: Request) -> None:
-    if not request.inputs and request.text_list is None:
+    if request.watch is not None:
+        _check_watch(request, request.watch)
+    elif not request.inputs and request.text_list is None:
         raise ValueError("no images were given; name files, folders or globs, or use --list FILE")
     if request.targets and request.topk is not None:
         raise ValueError("--target and --topk exclude each other")
@@ -314,9 +328,25 @@ def _check(request: Request) -> None:
         raise ValueError(f"-o names a folder, but {request.out} is a file")
 
 
+def _check_watch(request: Request, folder: Path) -> None:
+    if request.inputs or request.text_list is not None:
+        raise ValueError(
+            f"--watch explains the images of {folder} and those that come; leave other images out"
+        )
+    if request.report:
+        raise ValueError("--report is written at the end, and --watch has none; leave one out")
+    if not folder.is_dir():
+        raise ValueError(f"--watch: {folder} is no folder")
+    if importlib.util.find_spec("watchfiles") is None:
+        raise ValueError(
+            "--watch needs watchfiles: pip install '.[watch]' in a checkout of diffcam-fast"
+        )
+
+
 def _stands_beside(request: Request) -> bool:
     return (
         request.out is None
+        and request.watch is None
         and request.text_list is None
         and not (request.report or request.resume)
         and _BESIDE.issuperset(request.formats)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffcam_fast.cli.job import Job
 from diffcam_fast.cli.report_parts import REPORT_NAME, ReportParts
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.inputs import Source
+from diffcam_fast.images.watch import watched
 from diffcam_fast.models.labels import label_of
 from diffcam_fast.outputs.ledger import Entry, Ledger
 from diffcam_fast.outputs.record import values_of
@@ -22,6 +24,7 @@ from diffcam_fast.outputs.writers import JsonlWriter, ParquetWriter, Record, fil
 from diffcam_fast.stream import (
     WORKERS,
     Explained,
+    Flush,
     NetworkStage,
     OutOfMemory,
     Pipeline,
@@ -90,39 +93,29 @@ def run(job: Job, console: Console) -> Summary:
     summary = Summary(found=len(job.sources), batch_size=job.request.batch_size)
     parts = ReportParts(job.out) if job.request.report else None
     with ExitStack() as stack:
-        ledger = None
-        pending = job.sources
-        redo: dict[str, Entry] = {}
-        if job.ledger:
-            ledger = stack.enter_context(_open_ledger(job))
-            wanted = {str(source.path) for source in job.sources}
-            explained = [entry for entry in ledger.done if entry.path in wanted]
-            summary.entries = [entry for entry in explained if _is_whole(entry, job.out, parts)]
-            summary.resumed = len(summary.entries)
-            kept = {entry.path for entry in summary.entries}
-            redo = {entry.path: entry for entry in explained if entry.path not in kept}
-            # Under their old names: those depend on what else there is to explain.
-            again = [Source(Path(entry.path), entry.name) for entry in redo.values()]
-            pending = again + ledger.pending(job.sources)
-        if redo:
-            console.say(f"images explained again, whose outputs are gone: {len(redo)}")
+        ledger = stack.enter_context(_open_ledger(job)) if job.ledger else None
+        plan = _Plan.of(job, ledger, parts)
+        summary.entries, summary.resumed = plan.finished, len(plan.finished)
+        if plan.redo:
+            console.say(f"images explained again, whose outputs are gone: {len(plan.redo)}")
         for writer in job.writers:
             stack.callback(writer.close)
         pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="diffcam")
         stack.callback(pool.shutdown, cancel_futures=True)
-        advance = stack.enter_context(console.progress(len(pending)))
-        loop = _Loop(job, console, summary, ledger, redo, pool, parts, advance)
+        advance = stack.enter_context(console.progress(plan.total))
+        loop = _Loop(job, console, summary, ledger, plan.redo, pool, parts, advance)
         start = time.perf_counter()
         try:
             try:
-                loop.run(pending)
+                loop.run(plan.pending)
             except KeyboardInterrupt:
-                summary.interrupted = True
+                # How else should a watch end?
+                summary.interrupted = job.watch is None
             except OutOfMemory:
                 loop.commit()
                 raise
             loop.commit()
-            loop.publish(complete=not summary.interrupted)
+            loop.publish(complete=not summary.interrupted and job.watch is None)
         finally:
             summary.seconds = time.perf_counter() - start
         if ledger is not None and not summary.interrupted:
@@ -133,10 +126,55 @@ def run(job: Job, console: Console) -> Summary:
     return summary
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a run has to do.
+
+    Attributes:
+        finished: Images of earlier runs that are whole.
+        redo: Images that ledger and tables hold, and that lost a file of their own, by path.
+        pending: The images to explain, those first.
+        total: How many; None: without end.
+    """
+
+    finished: list[Entry]
+    redo: Mapping[str, Entry]
+    pending: Iterable[Source | Flush]
+    total: int | None
+
+    @classmethod
+    def of(cls, job: Job, ledger: Ledger | None, parts: ReportParts | None) -> "_Plan":
+        if ledger is None:
+            return cls([], {}, job.sources, len(job.sources))
+        wanted = {str(source.path) for source in job.sources}
+        watching = job.watch is not None
+        explained = [entry for entry in ledger.done if watching or entry.path in wanted]
+        finished = [entry for entry in explained if _is_whole(entry, job.out, parts)]
+        kept = {entry.path for entry in finished}
+        redo = {entry.path: entry for entry in explained if entry.path not in kept}
+        # Under their old names: those depend on what else there is to explain.
+        again = [Source(Path(entry.path), entry.name) for entry in redo.values()]
+        if watching:
+            return cls(finished, redo, chain(again, _watched(job, ledger)), None)
+        pending = again + ledger.pending(job.sources)
+        return cls(finished, redo, pending, len(pending))
+
+
+def _watched(job: Job, ledger: Ledger) -> Iterator[Source | Flush]:
+    """The images of the watched folder that the ledger does not hold."""
+    assert job.watch is not None
+    return watched(
+        job.watch,
+        exclude=job.out,
+        known=lambda path: path in ledger,
+        names=[entry.name for entry in ledger.done],
+    )
+
+
 def _open_ledger(job: Job) -> Ledger:
     """The account of the run, with the outputs brought to the state that it tells of."""
     try:
-        ledger = Ledger(job.out, job.settings, resume=job.request.resume)
+        ledger = Ledger(job.out, job.settings, resume=job.request.resume or job.watch is not None)
     except ValueError as error:
         raise ResumeError(str(error)) from error
     try:
@@ -183,7 +221,7 @@ class _Loop:
     # Finished, and not yet accounted for.
     waiting: list[Entry] = field(default_factory=list)
 
-    def run(self, pending: Iterable[Source]) -> None:
+    def run(self, pending: Iterable[Source | Flush]) -> None:
         request, preprocess = self.job.request, self.job.loaded.preprocess
         device = torch.device(self.job.device)
         raw = normalises_on(device, preprocess)
@@ -205,7 +243,9 @@ class _Loop:
         )
         for explained in pipeline.run(pending):
             self.summary.batch_size = stage.batch_size
-            if explained.explanation is None:
+            if not explained.keys:
+                self._account([])
+            elif explained.explanation is None:
                 [source] = explained.keys
                 self._refuse(
                     Entry(str(source.path), "failed", name=source.name, reason=explained.error)
@@ -247,8 +287,9 @@ class _Loop:
     def _account(self, entries: list[Entry]) -> None:
         """Notes images that are finished; they count when all that holds them is on the disk."""
         self.waiting += entries
+        self.summary.found = max(self.summary.found, len(self.summary.entries) + len(self.waiting))
         self.advance(len(entries))
-        if all(shards.due or not shards.waiting for shards in self._shards):
+        if self.waiting and all(shards.due or not shards.waiting for shards in self._shards):
             self.commit()
             self.publish(complete=False)
 

@@ -142,8 +142,13 @@ def _glob(pattern: str, skip: str | None) -> Iterator[_Found]:
         elif _is_inside(path, skip) or match.endswith(_WRITTEN):
             continue
         # Tables and the ledger of an earlier run are no images, whatever the pattern says.
-        elif not _is_inside(path, outputs) or _is_image_name(path.name):
+        elif not _is_inside(path, outputs) or is_image_name(path.name):
             yield _Found(path, fixed)
+
+
+def walk_images(folder: Path, skip: str | None) -> list[Path]:
+    """The images in a folder and below it, sorted; ``skip`` is a folder that is left out."""
+    return [item.path for item in _walk(folder, folder, skip) if item.root is not None]
 
 
 def _before_magic(parts: Iterable[str]) -> Iterator[str]:
@@ -166,7 +171,7 @@ def _walk(folder: Path, root: Path, skip: str | None) -> Iterator[_Found]:
         seen.add(real)
         folders.sort()
         for name in sorted(files):
-            if _is_image_name(name):
+            if is_image_name(name):
                 yield _Found(Path(here, name), root)
     for error in unlisted:
         if not _is_inside(error.filename, skip):
@@ -174,7 +179,8 @@ def _walk(folder: Path, root: Path, skip: str | None) -> Iterator[_Found]:
             yield _Found(path, None if path == root else root)
 
 
-def _is_image_name(name: str) -> bool:
+def is_image_name(name: str) -> bool:
+    """Whether a file in a folder counts as an image by its name."""
     known = os.path.splitext(name)[1].lower() in SUFFIXES
     return known and not name.startswith(".") and not name.endswith(_WRITTEN)
 
@@ -217,8 +223,8 @@ def _named(found: Sequence[_Found]) -> list[Source]:
         os.path.relpath(path, shared if item.root is None else os.path.abspath(item.root))
         for path, item in zip(paths, found, strict=True)
     ]
-    stems = [_safe(os.path.splitext(path)[0]) for path in relative]
-    whole = [_safe(path) for path in relative]
+    stems = [output_stem(os.path.splitext(path)[0]) for path in relative]
+    whole = [output_stem(path) for path in relative]
     names = _spread(stems, whole)
     marks = [hashlib.sha256(os.fsencode(path)).hexdigest()[:8] for path in paths]
     names = _spread(names, [f"{name}-{mark}" for name, mark in zip(whole, marks, strict=True)])
@@ -238,7 +244,8 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _safe(relative: str) -> str:
+def output_stem(relative: str) -> str:
+    """A relative path as a name that every file system takes, parts joined by ``/``."""
     return "/".join(_safe_part(part) for part in Path(relative).parts)
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffcam_fast.explanation import Explanation
-from diffcam_fast.stream.items import FLUSH, Preparation
+from diffcam_fast.stream.items import FLUSH, Flush, Preparation
 from diffcam_fast.stream.network import Explains, NetworkStage, OutOfMemory, normalises_on
 from diffcam_fast.stream.pipeline import WORKERS, Explained, Pipeline
 from diffcam_fast.stream.profile import Profile, Stage
@@ -23,6 +23,7 @@ __all__ = [
     "WORKERS",
     "Explained",
     "Explains",
+    "Flush",
     "NetworkStage",
     "OutOfMemory",
     "Pipeline",

@@ -30,13 +30,14 @@ _LONGEST_BATCH, _HANGS = 120.0, 1.0
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """Images of a stream that were explained together, or one that could not be.
+    """Images of a stream that were explained together, or one that could not be; none where the
+    source had nothing for the moment.
 
     Attributes:
         keys: what the source calls each of them.
         start: place of the first in the source, from 0.
         pictures: for each what the network saw, or None where it was not asked for.
-        explanation: of all of them, in host memory; None: the one image failed.
+        explanation: of all of them, in host memory; None: there is none, or the one image failed.
         error: why it failed.
     """
 
@@ -213,6 +214,8 @@ class Pipeline:
                 return item
             if isinstance(item, Flush):
                 finish()
+                # Nothing, so that the caller is not left waiting either.
+                out.put(Explained([], place, [], None))
                 continue
             pixels = self._result(item, workers)
             if isinstance(pixels, str):
