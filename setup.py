@@ -30,7 +30,7 @@ DEMO = [
 ]
 BENCH = ["grad-cam>=1.5.5", "torchcam>=0.5", "captum>=0.9"]
 RAY = ["ray[data]>=2.50"]
-SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "python-multipart>=0.0.18", "uvicorn>=0.32"]
+SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "uvicorn>=0.32"]
 WATCH = ["watchfiles>=1.0"]
 
 setup(

@@ -99,7 +99,7 @@ def _table(job: "Job", photographs: Sequence[Path]) -> Iterator[str]:
     """How like Grad-CAM's maps DiffGradCAM's are, for the predicted class."""
     import torch
 
-    from diffcam_fast.cli.job import make_explainer
+    from diffcam_fast.cli.opening import make_explainer
     from diffcam_fast.images.read import read_image
     from diffcam_fast.models.loading import LoadedModel
 

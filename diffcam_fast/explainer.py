@@ -294,6 +294,7 @@ class Explainer:
         workers: int | None = None,
         timeout: float | None = None,
         pictures: bool = False,
+        heatmaps: tuple[int, int] | None = None,
         profile: "Profile | None" = None,
     ) -> "Iterator[Streamed]":
         """Explains what a source yields, in order, while it reads on: see
@@ -311,6 +312,7 @@ class Explainer:
             workers=workers,
             timeout=timeout,
             pictures=pictures,
+            heatmaps=heatmaps,
             profile=profile,
         )
 

@@ -522,7 +522,7 @@ def test_a_full_disk_is_a_clear_error(folder: Path, monkeypatch: pytest.MonkeyPa
     assert summary("photos", "-o", "out", "--resume")["counts"]["explained"] == 6
 
 
-@pytest.mark.parametrize("where", ["job.load_model", "run._open_ledger"])
+@pytest.mark.parametrize("where", ["opening.load_model", "run._open_ledger"])
 def test_stopped_outside_of_the_images(
     folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

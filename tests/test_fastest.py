@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 import networks
-from commandline import MODEL, write_images, write_network
+from commandline import MODEL, environment, write_images, write_network
 from diffcam_export import fastest as module
 from diffcam_export.cache import Cache, digest_of
 from diffcam_export.fastest import Fastest, accelerate
@@ -278,9 +280,38 @@ def test_a_method_without_a_graph() -> None:
     assert "onnxruntime cannot run this explainer: it cannot be exported" in result.stderr
 
 
+HEAVY = ("torch._dynamo", "sympy", "onnx", "onnx_ir", "onnxscript", "torchvision", "pandas")
+
+
+def test_a_warm_start_imports_little(folder: Path) -> None:
+    """What takes seconds to import has no part in a run whose file is kept."""
+    script = f"""
+import sys
+from click.testing import CliRunner
+from diffcam_fast.cli.main import main
+result = CliRunner().invoke(main, ["explain", "photos", "-o", "out", "--backend", "onnxruntime"])
+assert result.exit_code == 0, result.output
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for _ in range(2)
+    ]
+    # The first run makes the network and exports it.
+    assert "torch._dynamo" in said[0]
+    assert said[1] == "[]\n"
+
+
 def test_a_later_run_needs_no_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file of a model that names its weights is opened before the model is made."""
-    from diffcam_fast.cli import backend, job
+    from diffcam_fast.cli import backend, opening
 
     options = ("--size", "64", "--backend", "onnxruntime")
     first = explain(*options)
@@ -289,7 +320,7 @@ def test_a_later_run_needs_no_model(folder: Path, monkeypatch: pytest.MonkeyPatc
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(job, "load_model", never)
+    monkeypatch.setattr(opening, "load_model", never)
     again = explain(*options)
     assert backend_of(again) == backend_of(first)
     told, retold = (json.loads(result.stdout) for result in (first, again))

@@ -183,6 +183,17 @@ def test_pictures_on_request(explainer: Explainer) -> None:
     assert all(one.picture is None for one in plain)
 
 
+def test_heatmaps_on_request(explainer: Explainer) -> None:
+    images = torch.rand(5, 3, 16, 16)
+    made = list(explainer.stream(images, topk=2, batch_size=2, heatmaps=(20, 24)))
+    for one in made:
+        assert one.explanation is not None and one.heatmaps is not None
+        expected = one.explanation.heatmaps((20, 24))[0]
+        assert one.heatmaps.shape == (2, 20, 24) and one.heatmaps.dtype == torch.uint8
+        assert (one.heatmaps.float() / 255 - expected).abs().max() <= 0.5001 / 255
+    assert all(one.heatmaps is None for one in explainer.stream(images))
+
+
 def test_targets_and_topk(explainer: Explainer) -> None:
     images = torch.rand(4, 3, 16, 16)
     whole = explainer(images, topk=2)

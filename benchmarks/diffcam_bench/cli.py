@@ -12,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from diffcam_bench.cams_cli import cams, peer_suites
-from diffcam_bench.engine_cli import engine
+from diffcam_bench.engine_cli import endurance, engine
 from diffcam_bench.onnx_cli import onnx, onnx_cost, onnx_peers
 from diffcam_bench.rows import read_rows, results_folder, write_rows
 
@@ -25,7 +25,7 @@ def bench() -> None:
     """Measures this library: its cost, its peers, the networks it explains."""
 
 
-for command in (cams, engine, onnx, onnx_cost, onnx_peers, peer_suites):
+for command in (cams, endurance, engine, onnx, onnx_cost, onnx_peers, peer_suites):
     bench.add_command(command)
 
 

@@ -23,11 +23,10 @@ from diffcam_bench.onnx_flops import flops
 from diffcam_bench.photographs import write_jpegs
 from diffcam_bench.rows import provenance
 from diffcam_bench.zoo import build, size_of
-from diffcam_export.explainer import OnnxExplainer
 from diffcam_export.fastest import Fastest, accelerate
 from diffcam_export.plain import plain_part
 from diffcam_export.running import run
-from diffcam_export.session import CPU, Opened, open_session
+from diffcam_export.session import CPU, open_session
 from diffcam_fast import Explainer
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import Preprocess
@@ -127,17 +126,12 @@ def _verdict(what: str, ratio: float, least: float) -> str:
 
 
 class _PlainInference:
-    """The exported classifier without maps, called as an explainer is."""
+    """A classifier without maps, called as an explainer is."""
 
     layer = ""
 
-    def __init__(self, opened: Opened, logits: str) -> None:
-        self._opened, self._logits = opened, logits
-        self._input = opened.session.get_inputs()[0].name
-
-    def logits(self, images: Tensor) -> Tensor:
-        [logits] = run(self._opened, {self._input: images.contiguous()}, [self._logits])
-        return logits
+    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+        self.logits = logits
 
     def __call__(
         self, images: Tensor, targets: object = None, *, topk: int | None = None
@@ -200,6 +194,7 @@ def contest(
     network = build(model)
     size = size_of(model, network)
     batch = torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(1))
+    settle(network, batch[:batch_size])
     with tempfile.TemporaryDirectory() as folder:
         made = _Candidates(model, network, batch, batch_size, threads, Path(folder))
         made.check(peers=peers)
@@ -209,6 +204,23 @@ def contest(
         return Contest(
             model, source, images, batch_size, runtime, timings, made.flop_ratio, threads
         )
+
+
+def settle(network: nn.Module, images: Tensor) -> None:
+    """Gives the batch norms of a network with random weights the statistics of images.
+
+    As they are made, activations shrink or grow from layer to layer, until float32 has few digits
+    left to compare maps by. What is computed, and how long it takes, stays the same.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = None
+        norm.reset_running_stats()
+    with torch.no_grad():
+        network(images)
+    for norm in norms:
+        norm.eval()
 
 
 class _Candidates:
@@ -230,14 +242,21 @@ class _Candidates:
         self._several = self._fast(self._explainer, topk=TARGETS)
         self._earlier = EARLIER.get(model)
         self._early = None if self._earlier is None else self._fast(self._made(self._earlier))
-        assert isinstance(self.ours.explainer, OnnxExplainer) and self.ours.path is not None
+        assert self.ours.path is not None, "what is timed here can be exported"
         plain = plain_part(self.ours.path).model
         self._plain_file = folder / "plain.onnx"
         assert isinstance(plain, bytes)
         self._plain_file.write_bytes(plain)
-        opened = open_session(self._plain_file, providers=[CPU], threads=threads)
-        self._plain = _PlainInference(opened, opened.session.get_outputs()[0].name)
+        self._plain = _PlainInference(self._runtime())
         self.flop_ratio = self._flop_ratio()
+
+    def _runtime(self) -> Callable[[Tensor], Tensor]:
+        """The classifier without maps, in the runtime that is the faster."""
+        if isinstance(self.ours.explainer, Explainer):
+            return torch.inference_mode()(self._network)
+        opened = open_session(self._plain_file, providers=[CPU], threads=self._threads)
+        images, logits = opened.session.get_inputs()[0].name, opened.session.get_outputs()[0].name
+        return lambda batch: run(opened, {images: batch.contiguous()}, [logits])[0]
 
     def _made(self, layer: str | None) -> Explainer:
         return Explainer(self._network, layer=layer, method=METHOD, example_inputs=self._batch[:2])
@@ -337,12 +356,17 @@ def _drain(
     topk: int | None = None,
     heatmaps: tuple[int, int] | None = None,
 ) -> None:
-    for one in stream(explainer, source, preprocess=preprocess, batch_size=batch_size, topk=topk):
+    made = stream(
+        explainer,
+        source,
+        preprocess=preprocess,
+        batch_size=batch_size,
+        topk=topk,
+        heatmaps=heatmaps,
+    )
+    for one in made:
         if one.error is not None:
             raise ParityError(f"{one.key}: {one.error}")
-        if heatmaps is not None:
-            assert one.explanation is not None
-            one.explanation.heatmaps(heatmaps)
 
 
 def _explained(peer: Peer, chunks: Any, threads: int) -> None:

@@ -104,3 +104,35 @@ def _keep(new: list[dict[str, object]]) -> None:
     replaced = {key(row) for row in new}
     kept = [row for row in read_rows(path) if key(row) not in replaced]
     write_rows(path, [*kept, *new])
+
+
+@click.command()
+@click.option("--images", type=click.IntRange(min=100), default=50_000, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@click.option("--write", is_flag=True, help="Keep the rows as benchmarks/results/endurance.csv.")
+def endurance(images: int, as_json: bool, write: bool) -> None:
+    """Memory and speed of one long run of the command line, tenth by tenth.
+
+    The default network explains JPEG files into Parquet shards. Exit code 1 where memory or time
+    for an image are not flat.
+    """
+    from diffcam_bench.endurance import endure
+
+    with tqdm(total=images, unit="img", leave=False) as bar:
+        found = endure(images, progress=lambda done: bar.update(done - bar.n))
+    rows = found.rows()
+    if write:
+        write_rows(results_folder() / "endurance.csv", rows)
+    if as_json:
+        click.echo(json_module.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            click.echo(
+                f"{row['explained']!s:>8} images: {row['memory_mib']} MiB, "
+                f"{row['images_per_s']} images/s"
+            )
+    verdicts = found.verdicts()
+    for verdict in verdicts:
+        click.echo(verdict, err=as_json)
+    if any(verdict.endswith("LOST") for verdict in verdicts):
+        raise SystemExit(1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffcam_fast.cli.onnx import Described, describe
 from diffcam_fast.models import default
+from diffcam_fast.stream import CPU_BATCH
 
 if TYPE_CHECKING:
     from diffcam_export.explainer import OnnxExplainer
@@ -67,9 +68,9 @@ def accelerated(
     fastest = accelerate(
         explainer,
         backend=request.backend,
-        targets="input" if request.targets else "predicted",
+        targets="input" if request.targets or request.any_target else "predicted",
         topk=request.topk,
-        batch_size=request.batch_size,
+        batch_size=request.batch_size or CPU_BATCH,
         preprocess=loaded.preprocess,
         labels=loaded.labels,
     )
@@ -100,8 +101,9 @@ def _name(request: Request) -> dict[str, Any] | None:
         "contrast": request.contrast,
         "temperature": request.temperature,
         "size": request.size,
-        "targets": bool(request.targets),
+        "targets": bool(request.targets) or request.any_target,
         "topk": request.topk,
+        "dtype": request.dtype,
         "batch size": request.batch_size,
         "backend": request.backend,
     }

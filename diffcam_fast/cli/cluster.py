@@ -31,6 +31,7 @@ _LOCAL = (
     "watch",
     "shard_size",
     "map_type",
+    "dtype",
     "device",
     "backend",
     "timeout",
@@ -140,7 +141,7 @@ def prepare_on_ray(options: Mapping[str, Any], console: Console) -> Prepared:
         _connect(ray, options["ray_address"], verbose=console.verbose)
         if options["weights"] == "random":
             console.say("the weights are random: labels and maps mean nothing")
-        size = options["batch_size"]
+        size = options["batch_size"] or 16
         result = explain(
             _read(ray, found, [name for name in inputs if is_uri(name)], batch_size=size),
             model=_absolute(options["model"]),

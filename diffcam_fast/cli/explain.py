@@ -41,6 +41,15 @@ METHODS = (
 CONTRASTS = ("mean", "log_odds", "runner_up", "none")
 FORMATS = ("overlay", "heatmap", "npz", "jsonl", "parquet")
 
+
+def batch_size_of(context: click.Context, option: click.Parameter, text: str) -> int | None:
+    """The number that ``--batch-size`` names; None for ``auto``."""
+    if text == "auto":
+        return None
+    number: int = click.IntRange(1)(text, option, context)
+    return number
+
+
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -112,7 +121,17 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--layer", help="Target layer by its dotted name.  [default: found by running]")
 @click.option("--size", help="Input size of the network: 224, or HEIGHTxWIDTH.")
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images at once."
+    "--batch-size",
+    callback=batch_size_of,
+    metavar="N|auto",
+    default="16",
+    show_default=True,
+    help="Images at once; auto: as many as the GPU has memory for, 16 on the CPU.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(("float32", "float16", "bfloat16")),
+    help="Of the network, in PyTorch; maps are float32.  [default: as its weights are]",
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
 @click.option(
@@ -180,7 +199,8 @@ def explain(
     method: str | None,
     layer: str | None,
     size: str | None,
-    batch_size: int,
+    batch_size: int | None,
+    dtype: str | None,
     device: str | None,
     backend: Literal["auto", "torch", "onnxruntime"],
     labels: Path | None,
@@ -244,6 +264,7 @@ def explain(
                 layer=layer,
                 size=size,
                 batch_size=batch_size,
+                dtype=dtype,
                 device=device,
                 backend=backend,
                 labels=labels,

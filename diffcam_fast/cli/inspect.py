@@ -72,7 +72,7 @@ def _of_onnx(model: str, layer: str | None, size: str | None, logits: str | None
 
 def _of_pytorch(model: str | None, layer: str | None, size: str | None) -> tuple[str, "Inspection"]:
     # Here, not above: PyTorch takes seconds to import, and --help needs none of it.
-    from diffcam_fast.cli.job import make_explainer, resized
+    from diffcam_fast.cli.opening import make_explainer, resized
     from diffcam_fast.models.loading import load_model
 
     exported = model is not None and model.endswith(".pt2")

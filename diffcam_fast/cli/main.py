@@ -8,9 +8,11 @@ from diffcam_fast import __version__
 from diffcam_fast.cli.explain import explain
 from diffcam_fast.cli.inspect import inspect
 
-_ABOVE = {
+# Imported when they are called.
+_LAZY = {
     "bench": "diffcam_bench.cli",
     "export": "diffcam_export.cli",
+    "serve": "diffcam_fast.cli.serve",
     "verify": "diffcam_export.verify_cli",
 }
 
@@ -19,12 +21,12 @@ class _Commands(click.Group):
     """The commands, with those whose packages lie above this one and are imported when called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *_ABOVE])
+        return sorted([*super().list_commands(ctx), *_LAZY])
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in _ABOVE:
+        if name not in _LAZY:
             return super().get_command(ctx, name)
-        command: click.Command = getattr(import_module(_ABOVE[name]), name)
+        command: click.Command = getattr(import_module(_LAZY[name]), name)
         return command
 
 

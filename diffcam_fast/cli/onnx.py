@@ -99,7 +99,8 @@ def open_explained(request: "Request", *, threads: int | None = None) -> tuple[D
             f"{request.model} explains the prediction alone; for --target, export it with "
             "targets as an input"
         )
-    if request.topk is not None and request.topk > explainer.maps_per_image:
+    enough = explainer.takes_targets or (request.topk or 1) <= explainer.maps_per_image
+    if not enough:
         raise ValueError(
             f"--topk is {request.topk}, but {request.model} has maps of the best "
             f"{explainer.maps_per_image}; export it with more"

@@ -90,6 +90,7 @@ def run(job: Job, console: Console) -> Summary:
         OutOfMemory: Not even one image fits into memory.
         OSError: An output cannot be written, for example because the disk is full.
     """
+    assert job.request.batch_size is not None, "prepare sets it"
     summary = Summary(found=len(job.sources), batch_size=job.request.batch_size)
     parts = ReportParts(job.out) if job.request.report else None
     with ExitStack() as stack:

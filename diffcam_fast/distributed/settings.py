@@ -11,16 +11,16 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from diffcam_fast.cli.job import (
+from diffcam_fast.cli.job import Request
+from diffcam_fast.cli.onnx import Described, Explains, open_explained
+from diffcam_fast.cli.opening import (
     DEFAULT_METHOD,
-    Request,
     make_explainer,
     parse_size,
     parse_weights,
     resized,
     try_out,
 )
-from diffcam_fast.cli.onnx import Described, Explains, open_explained
 from diffcam_fast.contrast import Contrast
 from diffcam_fast.explainer import method_and_contrast
 from diffcam_fast.formats import names_onnx

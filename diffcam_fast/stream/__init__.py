@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.stream.items import FLUSH, Flush, Preparation
-from diffcam_fast.stream.network import Explains, NetworkStage, OutOfMemory, normalises_on
+from diffcam_fast.stream.network import (
+    CPU_BATCH,
+    Explains,
+    NetworkStage,
+    OutOfMemory,
+    Refused,
+    fitting_batch_size,
+    normalises_on,
+)
 from diffcam_fast.stream.pipeline import WORKERS, Explained, Pipeline
 from diffcam_fast.stream.profile import Profile, Stage
 
@@ -19,6 +28,7 @@ if TYPE_CHECKING:
     from diffcam_fast.images.preprocess import Preprocess
 
 __all__ = [
+    "CPU_BATCH",
     "FLUSH",
     "WORKERS",
     "Explained",
@@ -29,8 +39,10 @@ __all__ = [
     "Pipeline",
     "Preparation",
     "Profile",
+    "Refused",
     "Stage",
     "Streamed",
+    "fitting_batch_size",
     "normalises_on",
     "stream",
 ]
@@ -47,6 +59,8 @@ class Streamed:
             explained.
         error: why it could not be.
         picture: what the network saw, RGB; None where it was not asked for.
+        heatmaps: (T, H, W) uint8, `Explanation.heatmaps` times 255; None where they were not asked
+            for.
     """
 
     index: int
@@ -54,6 +68,7 @@ class Streamed:
     explanation: Explanation | None
     error: str | None = None
     picture: Image.Image | None = None
+    heatmaps: Tensor | None = None
 
 
 def stream(
@@ -67,6 +82,7 @@ def stream(
     workers: int | None = None,
     timeout: float | None = None,
     pictures: bool = False,
+    heatmaps: tuple[int, int] | None = None,
     profile: Profile | None = None,
 ) -> Iterator[Streamed]:
     """Explains what a source yields: `Explainer.stream`, for anything that is called as one.
@@ -91,6 +107,8 @@ def stream(
         timeout: seconds that reading one image, or the source for its next sample, may take; None:
             any. What hangs for longer counts as failed.
         pictures: keep what the network saw of each picture, 1024 pixels on its longer side at most.
+        heatmaps: height and width in pixels; make heatmaps of this size too, batch by batch where
+            the network runs, which costs less than to make them of one image after another.
         profile: is filled with how busy each stage was.
 
     Yields:
@@ -129,6 +147,7 @@ def stream(
             normalise=preprocess if on_device else None,
             device=device,
             batch_size=batch_size,
+            heatmaps=heatmaps,
         ),
         Preparation(preprocess, raw=on_device, picture=1024 if pictures else None),
         workers=workers,
@@ -142,4 +161,5 @@ def _one_by_one(batches: Iterator[Explained]) -> Iterator[Streamed]:
     for batch in batches:
         for place, (key, picture) in enumerate(zip(batch.keys, batch.pictures, strict=True)):
             explanation = None if batch.explanation is None else batch.explanation[place]
-            yield Streamed(batch.start + place, key, explanation, batch.error, picture)
+            heatmaps = None if batch.heatmaps is None else batch.heatmaps[place]
+            yield Streamed(batch.start + place, key, explanation, batch.error, picture, heatmaps)

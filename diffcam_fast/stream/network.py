@@ -18,6 +18,8 @@ from diffcam_kernels import ops
 
 # What a free GPU is filled to by an automatic batch size, and its largest.
 _FILL, _LARGEST = 0.8, 256
+# More does not make a CPU faster, and takes the memory of its caches.
+CPU_BATCH = 16
 
 
 class OutOfMemory(RuntimeError):
@@ -77,6 +79,8 @@ class NetworkStage:
         normalise: how uint8 pictures (H, W, 3) are normalised on the device; None: they are not.
         device: where the network is.
         batch_size: the most images at once; smaller after memory ran out.
+        heatmaps: height and width of the heatmaps that are made beside the maps; None: there are
+            none.
         tell: is told what went wrong and what is done about it, and the error's own words.
     """
 
@@ -86,6 +90,7 @@ class NetworkStage:
     normalise: Preprocess | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int = 16
+    heatmaps: tuple[int, int] | None = None
     tell: Callable[[str, str], object] = lambda problem, message: None
 
     def __call__(self, images: Sequence[Tensor]) -> list[Explanation | Refused]:
@@ -140,8 +145,7 @@ class NetworkStage:
             mean, std = self.normalise.mean, self.normalise.std
             batch = ops.preprocess(batch, list(mean), list(std), torch.float32, True)
         targets = [list(self.targets)] * len(images) if self.targets else None
-        explanation = self.explainer(batch, targets, topk=self.topk)
-        return explanation if self.device.type == "cuda" else explanation.cpu()
+        return self.explainer(batch, targets, topk=self.topk)
 
 
 def _stacked(images: Sequence[Tensor]) -> Tensor:
@@ -170,7 +174,7 @@ def fitting_batch_size(explainer: Explains, image: Tensor, device: torch.device)
         device: where the network is.
     """
     if device.type != "cuda":
-        return 16
+        return CPU_BATCH
     used = []
     for count in (1, 2):
         torch.cuda.reset_peak_memory_stats(device)

@@ -6,11 +6,12 @@ import atexit
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import cpu_count
 from time import perf_counter
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from diffcam_fast.stream.channel import Channel, Closed, Task, TookTooLong, Work
 from diffcam_fast.stream.items import FLUSH, Flush, Item, Pixels, Preparation, images_of, samples
 from diffcam_fast.stream.network import NetworkStage, Refused
 from diffcam_fast.stream.profile import Profile
+from diffcam_kernels import ops
 
 WORKERS = min(8, cpu_count() or 1)
 # Batches that wait for the caller, and batches of images that wait for the network.
@@ -39,6 +41,7 @@ class Explained:
         pictures: for each what the network saw, or None where it was not asked for.
         explanation: of all of them, in host memory; None: there is none, or the one image failed.
         error: why it failed.
+        heatmaps: (N, T, H, W) uint8, where they were asked for.
     """
 
     keys: list[Any]
@@ -46,6 +49,13 @@ class Explained:
     pictures: list[Image.Image | None]
     explanation: Explanation | None
     error: str | None = None
+    heatmaps: Tensor | None = None
+
+    def cpu(self) -> Explained:
+        """The same in host memory."""
+        explanation = None if self.explanation is None else self.explanation.cpu()
+        heatmaps = None if self.heatmaps is None else self.heatmaps.cpu()
+        return replace(self, explanation=explanation, heatmaps=heatmaps)
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,10 @@ class Pipeline:
                     if item.error is not None:
                         raise item.error
                     return
+                if item.explanation is not None and item.explanation.maps.is_cuda:
+                    # Here, where it is waited for: the network is at the next batch meanwhile.
+                    with self._profile.at("copy back"):
+                        item = item.cpu()
                 start = perf_counter()
                 yield item
                 self._profile.add(self._caller, start, perf_counter())
@@ -243,14 +257,21 @@ class Pipeline:
         except Exception as error:  # noqa: BLE001 - one strange image must not stop the others
             return f"cannot be prepared: {error!r}"
 
+    def _heatmaps(self, result: Explanation | Refused) -> Tensor | None:
+        size = self._stage.heatmaps
+        if size is None or isinstance(result, Refused):
+            return None
+        heatmaps: Tensor = ops.heatmap(result.maps, *size, dtype=torch.uint8)
+        return heatmaps
+
     def _finished(self, batch: list[tuple[Any, Pixels]], place: int) -> Iterator[Explained]:
         if not batch:
             return
         values: list[Tensor] = [pixels.values for _, pixels in batch]
         with self._profile.at("network"):
-            results = self._stage(values)
+            results = [(result, self._heatmaps(result)) for result in self._stage(values)]
         start = 0
-        for result in results:
+        for result, heatmaps in results:
             count = 1 if isinstance(result, Refused) else len(result)
             part = batch[start : start + count]
             keys = [key for key, _ in part]
@@ -258,7 +279,7 @@ class Pipeline:
             if isinstance(result, Refused):
                 yield Explained(keys, place + start, pictures, None, result.reason)
             else:
-                yield Explained(keys, place + start, pictures, result)
+                yield Explained(keys, place + start, pictures, result, heatmaps=heatmaps)
             start += count
 
 

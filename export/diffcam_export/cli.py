@@ -149,7 +149,7 @@ def export(
 
 
 def _given(model: str | None, *, weights: str | None, size: str | None) -> "LoadedModel | Path":
-    from diffcam_fast.cli.job import resized
+    from diffcam_fast.cli.opening import resized
     from diffcam_fast.models.loading import load_model
 
     if model is not None and names_onnx(model):

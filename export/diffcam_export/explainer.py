@@ -164,7 +164,8 @@ class OnnxExplainer:
                 to the dtype of the file; on a GPU they are read where they are.
             targets: as `Explainer` takes them, where the file was exported with targets='input';
                 otherwise None or "predicted".
-            topk: the k best classes, where the file was exported with as many.
+            topk: the k best classes, where the file was exported with as many; or, by a run more,
+                with targets='input'.
 
         Returns:
             An `Explanation` of N images and T targets, on the device of the provider. A file that
@@ -182,6 +183,8 @@ class OnnxExplainer:
         if topk is not None:
             if targets is not None:
                 raise ValueError("give targets or topk, not both")
+            if topk > self._count and self._takes_targets:
+                return self(images, resolve_targets(None, topk, self(images).logits))
             if not 1 <= topk <= self._count:
                 raise ValueError(
                     f"{self._path} has maps of the best {self._count} classes, topk is {topk}; "
@@ -209,6 +212,7 @@ class OnnxExplainer:
         workers: int | None = None,
         timeout: float | None = None,
         pictures: bool = False,
+        heatmaps: tuple[int, int] | None = None,
         profile: Profile | None = None,
     ) -> Iterator[Streamed]:
         """Explains what a source yields, in order, while it reads on: see
@@ -230,6 +234,7 @@ class OnnxExplainer:
             workers=workers,
             timeout=timeout,
             pictures=pictures,
+            heatmaps=heatmaps,
             profile=profile,
         )
 
