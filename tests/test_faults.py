@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,46 @@ def test_a_disk_that_is_full_at_any_shard(folder: Path, monkeypatch: pytest.Monk
             assert "the disk is full" in result.stderr
             assert sum(accounted(folder).values()) == 2 * (number + 1)
     check(folder)
+
+
+def test_a_batch_without_end_does_not_keep_a_stopped_run(folder: Path) -> None:
+    """Neither does it abort: the network is inside of PyTorch when the interpreter would end."""
+    write_images(folder / "photos", 6)
+    text = (folder / "tiny_network.py").read_text()
+    (folder / "tiny_network.py").write_text(
+        text
+        + """
+class Endless(nn.Module):
+    def forward(self, x):
+        while len(x) > 2:
+            x = x + torch.ones_like(x).matmul(torch.ones(x.shape[-1], x.shape[-1])) * 0
+        return x
+
+def endless():
+    loaded = make()
+    loaded.model[0] = Endless()
+    return loaded
+"""
+    )
+    arguments = [*EXPLAIN[:3], "tiny_network:endless", *EXPLAIN[4:], "--batch-size", "3"]
+    with subprocess.Popen(
+        command(*arguments),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        ledger = folder / "out" / "ledger.jsonl"
+        while not ledger.exists():
+            assert process.poll() is None, process.communicate()[1]
+        # The network is at its first batch, and will be for ever.
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        told, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert json.loads(told)["counts"]["explained"] == 0
+    assert "stopped with 6 of 6 images left" in err
 
 
 def test_a_model_that_makes_nan(folder: Path) -> None:

@@ -12,6 +12,8 @@ from diffcam_fast.models import default
 from diffcam_fast.stream import CPU_BATCH
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffcam_export.explainer import OnnxExplainer
     from diffcam_export.fastest import Fastest
     from diffcam_fast.cli.job import Request
@@ -43,7 +45,12 @@ def recalled(request: Request, device: str) -> tuple[Described, OnnxExplainer, s
 
 
 def accelerated(
-    request: Request, loaded: LoadedModel, explainer: Explainer, device: str, images: int | None
+    request: Request,
+    loaded: LoadedModel,
+    explainer: Explainer,
+    device: str,
+    images: int | None,
+    calibration: Tensor | None,
 ) -> Fastest | None:
     """The explainer in the runtime that the request asks for.
 
@@ -53,6 +60,7 @@ def accelerated(
         explainer: of it.
         device: where it is.
         images: how many there are to explain; None: without end.
+        calibration: (N, 3, H, W), what int8 is fitted to; None: it was not asked for.
 
     Returns:
         What to call; None where PyTorch runs because nothing else was worth trying.
@@ -60,8 +68,10 @@ def accelerated(
     Raises:
         ValueError: the runtime that was asked for cannot run it.
     """
-    few = images is not None and images < WORTH
-    if request.backend == "torch" or (request.backend == "auto" and (few or device != "cpu")):
+    # int8 on another device is refused by what follows, with the reason.
+    on_cpu = device == "cpu" or request.precision == "int8"
+    few = images is not None and images < WORTH and request.precision == "float32"
+    if request.backend == "torch" or (request.backend == "auto" and (few or not on_cpu)):
         return None
     from diffcam_export.fastest import accelerate, remember
 
@@ -73,6 +83,8 @@ def accelerated(
         batch_size=request.batch_size or CPU_BATCH,
         preprocess=loaded.preprocess,
         labels=loaded.labels,
+        precision=request.precision,
+        calibration=calibration,
     )
     name = _name(request)
     if name is not None:
@@ -88,7 +100,8 @@ def _name(request: Request) -> dict[str, Any] | None:
     own = model is None or model.startswith("torchvision:") or model.endswith(".pt2")
     if not own and (request.weights is None or not (model or "").startswith("timm:")):
         return None
-    if request.weights == "random":
+    if request.weights == "random" or request.precision == "int8":
+        # Weights that are drawn, or ranges that are taken from images.
         return None
     files = [name for name in (model, request.weights) if name is not None and Path(name).is_file()]
     return {

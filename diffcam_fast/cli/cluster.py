@@ -32,6 +32,7 @@ _LOCAL = (
     "shard_size",
     "map_type",
     "dtype",
+    "precision",
     "device",
     "backend",
     "timeout",

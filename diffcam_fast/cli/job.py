@@ -14,7 +14,7 @@ import numpy as np
 
 from diffcam_fast.cli.console import Console
 from diffcam_fast.cli.onnx import Described, Explains
-from diffcam_fast.cli.opening import open_model
+from diffcam_fast.cli.opening import calibration_images, open_model
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.formats import names_onnx
 from diffcam_fast.images.colour import colour_map
@@ -54,6 +54,7 @@ class Request:
         size: Height and width of the network's input; None: the model's own.
         batch_size: Images at once; None: as many as fit, 16 on the CPU.
         dtype: ``float32``, ``float16`` or ``bfloat16``; None: as the weights are.
+        precision: ``int8``: features in whole numbers, in ONNX Runtime on the CPU.
         labels: A file of class names in place of the model's.
         resume: Go on where an earlier run into ``out`` stopped.
         timeout: Seconds that reading one image may take.
@@ -82,6 +83,7 @@ class Request:
     size: str | None = None
     batch_size: int | None = 16
     dtype: str | None = None
+    precision: Literal["float32", "int8"] = "float32"
     device: str | None = None
     labels: Path | None = None
     cmap: str = "turbo"
@@ -112,6 +114,7 @@ class Job:
         writers: One for each format.
         settings: What the results depend on, for the ledger.
         device: Where the network is.
+        agreement: How near int8 is to float32; None: it is float32.
     """
 
     request: Request
@@ -127,6 +130,7 @@ class Job:
     writers: tuple[Writer, ...]
     settings: dict[str, Any]
     device: str
+    agreement: Any = None
 
 
 def prepare(request: Request, console: Console) -> Job:
@@ -147,7 +151,12 @@ def prepare(request: Request, console: Console) -> Job:
     # Before the model: a wrong colour map need not wait for it.
     writers = tuple(_make_writer(name, out, request) for name in dict.fromkeys(request.formats))
     endless = request.watch is not None
-    opened = open_model(request, console, images=None if endless else len(sources))
+    opened = open_model(
+        request,
+        console,
+        images=None if endless else len(sources),
+        calibration=lambda preprocess: calibration_images(sources, preprocess),
+    )
     request, labels, classes = opened.request, opened.labels, opened.classes
     if request.topk is not None and request.topk > classes:
         raise ValueError(f"--topk is {request.topk}, but the model has {classes} classes")
@@ -166,6 +175,7 @@ def prepare(request: Request, console: Console) -> Job:
         writers=writers,
         settings=_settings(request, targets, opened.trial, opened.loaded.preprocess),
         device=opened.device,
+        agreement=opened.agreement,
     )
 
 
@@ -190,6 +200,8 @@ def _check(request: Request) -> None:
         _check_watch(request, request.watch)
     elif not request.inputs and request.text_list is None:
         raise ValueError("no images were given; name files, folders or globs, or use --list FILE")
+    if request.precision == "int8":
+        _check_int8(request)
     if request.dtype is not None and request.model is not None and names_onnx(request.model):
         raise ValueError(f"{request.model} has the dtype it was exported with; leave --dtype out")
     if request.targets and request.topk is not None:
@@ -198,6 +210,20 @@ def _check(request: Request) -> None:
         raise ValueError(f"-o names a folder, got {request.out}; files are named after the images")
     if request.out is not None and os.path.exists(request.out) and not os.path.isdir(request.out):
         raise ValueError(f"-o names a folder, but {request.out} is a file")
+
+
+def _check_int8(request: Request) -> None:
+    onnx = request.model is not None and names_onnx(request.model)
+    if request.backend == "torch" or request.dtype is not None or onnx:
+        other = "--backend torch" if request.backend == "torch" else "--dtype"
+        raise ValueError(
+            f"--precision int8 does not go with {'an ONNX file' if onnx else other}; leave one out"
+        )
+    if request.watch is not None:
+        raise ValueError(
+            "--precision int8 is fitted to the images that are there when it begins, and --watch"
+            " has none; leave one out"
+        )
 
 
 def _check_watch(request: Request, folder: Path) -> None:
@@ -260,6 +286,7 @@ def _settings(
         "contrast": trial.contrast,
         "temperature": None if request.temperature is None else str(request.temperature),
         "dtype": request.dtype,
+        "precision": None if request.precision == "float32" else request.precision,
         "size": list(preprocess.size),
         "targets": list(targets),
         "topk": request.topk,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from diffcam_fast.cli.backend import accelerated, recalled
 from diffcam_fast.cli.console import Console, shortened
@@ -18,6 +19,9 @@ from diffcam_fast.contrast import Contrast
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.formats import names_onnx
+from diffcam_fast.images.inputs import Source
+from diffcam_fast.images.preprocess import Preprocess
+from diffcam_fast.images.read import ImageError, read_image
 from diffcam_fast.models.labels import read_labels
 from diffcam_fast.models.loading import LoadedModel, Weights, load_model
 from diffcam_fast.running import is_out_of_memory
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 _Loaded = TypeVar("_Loaded", LoadedModel, Described)
 
 DEFAULT_METHOD = "diff_grad_cam"
+# More say little more about ranges.
+_CALIBRATION = 64
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Opened:
         labels: K class names, or None.
         trial: The explanation of a blank image.
         device: Where the network is.
+        agreement: How near int8 is to float32; None: it is float32.
     """
 
     request: Request
@@ -50,6 +57,7 @@ class Opened:
     labels: tuple[str, ...] | None
     trial: Explanation
     device: str
+    agreement: Any = None
 
     @property
     def classes(self) -> int:
@@ -57,13 +65,20 @@ class Opened:
         return int(self.trial.logits.shape[1])
 
 
-def open_model(request: Request, console: Console, *, images: int | None) -> Opened:
+def open_model(
+    request: Request,
+    console: Console,
+    *,
+    images: int | None,
+    calibration: Callable[[Preprocess], Tensor] | None = None,
+) -> Opened:
     """Loads what a request names, in the runtime that it asks for.
 
     Args:
         request: Whose options about the model are read.
         console: Is told of what was assumed and chosen.
         images: How many will be explained; None: without end.
+        calibration: Gives images as the network takes them, for int8.
 
     Raises:
         ValueError: Anything in the request that cannot be done.
@@ -75,6 +90,7 @@ def open_model(request: Request, console: Console, *, images: int | None) -> Ope
         request = replace(request, batch_size=CPU_BATCH)
     loaded: LoadedModel | Described
     explainer: Explains
+    agreement = None
     if request.model is not None and names_onnx(request.model):
         described, explainer = open_explained(request)
         loaded = resized(described, request.size)
@@ -87,7 +103,7 @@ def open_model(request: Request, console: Console, *, images: int | None) -> Ope
         loaded, explainer, reason = kept
         console.why(f"runtime: {reason}")
     else:
-        loaded, explainer = _loaded(request, device, images, console)
+        loaded, explainer, agreement = _loaded(request, device, images, calibration, console)
     if device == "cpu" and not isinstance(explainer, Explainer):
         # ONNX Runtime has the processors. What is left for PyTorch is small, and its threads would
         # wait for each other.
@@ -100,7 +116,26 @@ def open_model(request: Request, console: Console, *, images: int | None) -> Ope
         console.why(f"batch size: {size}")
     _explain_choices(loaded, explainer, trial.backend, console)
     labels = _labels(request.labels, loaded.labels, trial.logits.shape[1])
-    return Opened(request, loaded, explainer, labels, trial, device)
+    return Opened(request, loaded, explainer, labels, trial, device, agreement)
+
+
+def calibration_images(sources: Sequence[Source], preprocess: Preprocess) -> Tensor:
+    """Up to 64 of the images, from all over the list, without those that cannot be read.
+
+    Returns:
+        (N, 3, H, W), as the network takes them.
+
+    Raises:
+        ValueError: None can be read.
+    """
+    step = max(1, len(sources) // _CALIBRATION)
+    found = []
+    for source in sources[::step][:_CALIBRATION]:
+        with suppress(ImageError):
+            found.append(preprocess(read_image(source.path)))
+    if not found:
+        raise ValueError("--precision int8 needs images to be fitted to, and none could be read")
+    return torch.stack(found)
 
 
 def _labels(file: Path | None, own: tuple[str, ...] | None, classes: int) -> tuple[str, ...] | None:
@@ -114,9 +149,13 @@ def _labels(file: Path | None, own: tuple[str, ...] | None, classes: int) -> tup
 
 
 def _loaded(
-    request: Request, device: str, images: int | None, console: Console
-) -> tuple[LoadedModel, Explains]:
-    """The network that a request names, and what explains it."""
+    request: Request,
+    device: str,
+    images: int | None,
+    calibration: Callable[[Preprocess], Tensor] | None,
+    console: Console,
+) -> tuple[LoadedModel, Explains, Any]:
+    """The network that a request names, what explains it, and how well, where that is int8."""
     loaded = load_model(request.model, weights=parse_weights(request.weights), device=device)
     if request.weights == "random":
         console.say("the weights are random: labels and maps mean nothing")
@@ -132,11 +171,16 @@ def _loaded(
         contrast=request.contrast,
         temperature=request.temperature,
     )
-    fastest = accelerated(request, loaded, explainer, device, images)
+    chosen = None
+    if request.precision == "int8" and calibration is not None:
+        chosen = calibration(loaded.preprocess)
+    fastest = accelerated(request, loaded, explainer, device, images, chosen)
     if fastest is None:
-        return loaded, explainer
-    console.why(f"runtime: {fastest.reason}")
-    return loaded, fastest.explainer
+        return loaded, explainer, None
+    # int8 changes the maps: that is no detail.
+    tell = console.why if fastest.agreement is None else console.say
+    tell(f"runtime: {fastest.reason}")
+    return loaded, fastest.explainer, fastest.agreement
 
 
 def try_out(loaded: LoadedModel | Described, explainer: Explains) -> Explanation:

@@ -72,6 +72,8 @@ def as_json(job: Job, summary: Summary, report: Path | None) -> dict[str, Any]:
         "images_per_second": round(summary.rate, 3),
         "failed": [{"path": entry.path, "reason": entry.reason} for entry in summary.failed],
     }
+    if job.agreement is not None:
+        told["agreement"] = asdict(job.agreement)
     if job.request.profile:
         told["profile"] = [asdict(stage) for stage in summary.profile.stages]
     return told

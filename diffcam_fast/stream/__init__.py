@@ -21,7 +21,7 @@ from diffcam_fast.stream.network import (
     fitting_batch_size,
     normalises_on,
 )
-from diffcam_fast.stream.pipeline import WORKERS, Explained, Pipeline
+from diffcam_fast.stream.pipeline import NETWORK_THREAD, WORKERS, Explained, Pipeline
 from diffcam_fast.stream.profile import Profile, Stage
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CPU_BATCH",
     "FLUSH",
+    "NETWORK_THREAD",
     "WORKERS",
     "Explained",
     "Explains",

@@ -26,8 +26,9 @@ from diffcam_kernels import ops
 WORKERS = min(8, cpu_count() or 1)
 # Batches that wait for the caller, and batches of images that wait for the network.
 _DONE, _AHEAD = 2, 2
-# Seconds that are waited for threads at the end.
-_LONGEST_BATCH, _HANGS = 120.0, 1.0
+# Seconds that are waited at the end for the network, and for who may hang.
+_LONGEST_BATCH, _HANGS = 10.0, 1.0
+NETWORK_THREAD = "diffcam-network"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +121,9 @@ class Pipeline:
         workers = Workers(self._count)
         threads = [
             threading.Thread(target=self._read, args=(source, workers, loading)),
-            threading.Thread(target=self._explain, args=(workers, loading, done)),
+            threading.Thread(
+                target=self._explain, args=(workers, loading, done), name=NETWORK_THREAD
+            ),
         ]
         for thread in threads:
             # A source that hangs shall not keep the process.
@@ -283,4 +286,4 @@ class Pipeline:
             start += count
 
 
-__all__ = ["FLUSH", "WORKERS", "Explained", "Pipeline"]
+__all__ = ["FLUSH", "NETWORK_THREAD", "WORKERS", "Explained", "Pipeline"]

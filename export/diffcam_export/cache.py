@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffcam_fast import __version__
 from diffcam_fast.outputs.atomic import atomic_write
@@ -133,6 +133,14 @@ def digest_of(model: nn.Module) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def digest_of_images(images: Tensor) -> str:
+    """What a batch of images holds."""
+    values = images.detach().cpu().contiguous().float()
+    digest = hashlib.sha256(str(tuple(values.shape)).encode())
+    digest.update(values.numpy().data)
     return digest.hexdigest()
 
 

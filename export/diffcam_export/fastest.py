@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffcam_export.cache import Cache, Kept, digest_of, versions
+from diffcam_export.cache import Cache, Kept, digest_of, digest_of_images, versions
 from diffcam_export.explainer import OnnxExplainer
 from diffcam_export.session import CPU
 from diffcam_fast.contrast import Contrast
@@ -23,10 +24,15 @@ from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.methods import METHODS
 from diffcam_fast.running import pick_logits
 
+if TYPE_CHECKING:
+    from diffcam_export.quantised import Agreement
+
 Backend = Literal["auto", "torch", "onnxruntime"]
 
 # As far as float32 in another order may be off, relative to the largest value of a map.
-_TOLERANCE = 1e-3
+_TOLERANCE, _ROUNDING = 1e-3, 1e-4
+# int8 is fitted to the ranges of these: what a few images did not fill would be clipped.
+LEAST_IMAGES = 8
 _ROUNDS = 3
 
 
@@ -38,11 +44,13 @@ class Fastest:
         explainer: what to call.
         reason: why it runs where it runs, in a sentence.
         path: the exported file that runs; None where PyTorch does.
+        agreement: how near int8 is to float32; None: it is float32.
     """
 
     explainer: Explainer | OnnxExplainer
     reason: str
     path: Path | None = None
+    agreement: Agreement | None = None
 
 
 def accelerate(
@@ -56,6 +64,8 @@ def accelerate(
     cache: Path | None = None,
     preprocess: Preprocess | None = None,
     labels: tuple[str, ...] | None = None,
+    precision: Literal["float32", "int8"] = "float32",
+    calibration: Tensor | None = None,
 ) -> Fastest:
     """The same explanations from the fastest runtime of this machine.
 
@@ -76,12 +86,17 @@ def accelerate(
             cache.
         preprocess: from a photograph to the input, kept in the file.
         labels: K class names, kept in the file.
+        precision: `int8`: the features in whole numbers, the head and the maps in float32. Never
+            chosen unless it is asked for: maps are other ones, and `agreement` says how near.
+        calibration: (N, C, H, W), images as the network takes them, 8 at least, such as it will
+            see; int8 is fitted to three of four, and the rest tells how well it agrees.
 
     Returns:
         What to call, and why.
 
     Raises:
-        ValueError: an unknown backend, or `onnxruntime` where the file would not give the same.
+        ValueError: an unknown backend or precision, `onnxruntime` where the file would not give the
+            same, or int8 that cannot be had.
 
     Example:
         >>> fast = accelerate(Explainer(model))                  # doctest: +SKIP
@@ -90,6 +105,7 @@ def accelerate(
     """
     if backend not in ("auto", "torch", "onnxruntime"):
         raise ValueError(f"backend must be 'auto', 'torch' or 'onnxruntime', got {backend!r}")
+    _check_precision(precision, calibration, backend, explainer)
     if backend == "torch":
         return Fastest(explainer, "torch was asked for")
     if topk is not None and targets == "input":
@@ -102,10 +118,12 @@ def accelerate(
     if reason is None:
         candidate = _Candidate(explainer, targets, topk, batch_size, threads, preprocess, labels)
         found = candidate.opened(Cache(cache))
+        if isinstance(found, Fastest) and calibration is not None and precision == "int8":
+            return candidate.quantised(calibration, candidate.forced(found), Cache(cache))
         if isinstance(found, Fastest):
             return candidate.forced(found) if backend == "onnxruntime" else found
         reason = found
-    if backend == "onnxruntime":
+    if backend == "onnxruntime" or precision == "int8":
         raise ValueError(f"onnxruntime cannot run this explainer: {reason}")
     return Fastest(explainer, f"torch, because {reason}")
 
@@ -205,13 +223,78 @@ class _Candidate:
         else:
             made = self._explained(file, images)
         off = _relative(made.maps, expected.maps)
-        if not off <= _TOLERANCE:
+        if not (off <= _TOLERANCE or self._as_near(images, made, expected)):
             return f"its exported maps are off by {off:.1e}, more than {_TOLERANCE:.0e}"
         ratio = kept.facts["onnxruntime_s"] / kept.facts["torch_s"]
         told = f"{ratio:.2f} of the time of torch ({self.batch_size} images at a time)"
         if ratio > 1:
             return Fastest(self.explainer, f"torch, because onnxruntime takes {told}", kept.path)
         return Fastest(file, f"onnxruntime takes {told}", kept.path)
+
+    def _as_near(self, images: Tensor, made: Explanation, expected: Explanation) -> bool:
+        """Whether the file is as near to float64 as PyTorch's float32 is.
+
+        Where a ReLU or a maximum is nearly undecided, float32 decides it by the order of its sums,
+        and gradients at earlier layers differ by it.
+        """
+        same = torch.equal(made.targets, expected.targets)
+        if made.maps.shape != expected.maps.shape or not same:
+            return False
+        setup = self.explainer.setup
+        exact = Explainer(
+            copy.deepcopy(setup.model).double(),
+            layer=setup.layers[0],
+            method=setup.method,
+            contrast=setup.contrast,
+            relu=setup.relu,
+            example_inputs=images,
+        )
+        maps = exact(images, expected.targets).maps
+        ours, theirs = (_relative(e.maps, maps) for e in (made, expected))
+        return ours <= 2 * theirs + _ROUNDING
+
+    def quantised(self, calibration: Tensor, floats: Fastest, cache: Cache) -> Fastest:
+        """The same in int8, and how near it is.
+
+        Raises:
+            ValueError: it cannot be quantised.
+        """
+        from diffcam_export.quantised import Agreement
+
+        assert isinstance(floats.explainer, OnnxExplainer)
+        key = {**self._key(), "precision": "int8", "calibration": digest_of_images(calibration)}
+        original = floats.explainer
+        kept = cache.get(key) or cache.put(
+            key, lambda path: self._make_quantised(path, calibration, original)
+        )
+        file = OnnxExplainer(kept.path, providers=[CPU], threads=self.threads)
+        found = Agreement(**kept.facts["agreement"])
+        ratio = kept.facts["int8_s"] / kept.facts["float32_s"]
+        reason = (
+            f"int8 takes {ratio:.2f} of the time of float32 ({self.batch_size} images at a time); "
+            f"{found}"
+        )
+        return Fastest(file, reason, kept.path, found)
+
+    def _make_quantised(
+        self, path: Path, calibration: Tensor, floats: OnnxExplainer
+    ) -> Mapping[str, Any]:
+        from diffcam_export.quantised import agreement, write_quantised
+
+        held = torch.arange(len(calibration)) % 4 == 3
+        write_quantised(
+            self.explainer.setup,
+            path,
+            calibration[~held],
+            targets=self.targets,
+            topk=self.topk,
+            preprocess=self.preprocess,
+            labels=self.labels,
+        )
+        file = OnnxExplainer(path, providers=[CPU], threads=self.threads)
+        int8, float32 = self._in_turn(file, floats)
+        found = agreement(self.explainer, file, calibration[held])
+        return {"int8_s": int8, "float32_s": float32, "agreement": asdict(found)}
 
     def forced(self, found: Fastest) -> Fastest:
         """The file, though PyTorch may be faster."""
@@ -221,17 +304,22 @@ class _Candidate:
         return replace(found, explainer=file, reason="onnxruntime was asked for")
 
     def _timed(self, path: Path) -> tuple[float, float]:
-        """Seconds for a batch in ONNX Runtime and in PyTorch, in turn."""
+        """Seconds for a batch in ONNX Runtime and in PyTorch."""
         file = OnnxExplainer(path, providers=[CPU], threads=self.threads)
+        return self._in_turn(file, self.explainer)
+
+    def _in_turn(self, *both: Explainer | OnnxExplainer) -> tuple[float, float]:
+        """Seconds that each of two takes for a batch, medians of rounds in turn."""
         images = self._images(self.batch_size)
-        taken: dict[str, list[float]] = {"file": [], "torch": []}
+        taken: tuple[list[float], list[float]] = ([], [])
         for number in range(_ROUNDS + 1):
-            for name, explain in (("file", file), ("torch", self.explainer)):
+            for explain, seconds in zip(both, taken, strict=True):
                 start = time.perf_counter()
                 self._explained(explain, images)
+                # The first round warms up.
                 if number:
-                    taken[name].append(time.perf_counter() - start)
-        return statistics.median(taken["file"]), statistics.median(taken["torch"])
+                    seconds.append(time.perf_counter() - start)
+        return statistics.median(taken[0]), statistics.median(taken[1])
 
     def _explained(self, explain: Explainer | OnnxExplainer, images: Tensor) -> Explanation:
         """Of a class that the contrast takes as a target, where one may be asked for."""
@@ -243,6 +331,24 @@ class _Candidate:
     def _images(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(count, *self.explainer.setup.examples, generator=generator)
+
+
+def _check_precision(
+    precision: str, calibration: Tensor | None, backend: str, explainer: Explainer
+) -> None:
+    if precision not in ("float32", "int8"):
+        raise ValueError(f"precision must be 'float32' or 'int8', got {precision!r}")
+    if precision == "float32":
+        return
+    if backend == "torch":
+        raise ValueError("int8 runs in onnxruntime; leave backend='torch' out")
+    shape = explainer.setup.examples
+    if calibration is None or len(calibration) < LEAST_IMAGES or calibration.shape[1:] != shape:
+        given = "none" if calibration is None else str(tuple(calibration.shape))
+        raise ValueError(
+            f"int8 needs {LEAST_IMAGES} images (N, {', '.join(map(str, shape))}) at least as "
+            f"calibration=, such as the network will see, better 50; got {given}"
+        )
 
 
 def remember(name: Mapping[str, Any], fastest: Fastest, *, cache: Path | None = None) -> None:
