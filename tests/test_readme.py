@@ -199,6 +199,50 @@ def test_readme_numbers_are_the_committed_rows() -> None:
     assert f"{exact} agree to 1e-5" in text
 
 
+_ENGINE = {
+    "plain inference": "plain inference",
+    "**diffcam-fast**": "diffcam-fast",
+    "with heatmaps of the images' size": "diffcam-fast, heatmaps of the images' size",
+    "five classes in place of one": "diffcam-fast, 5 targets",
+    "at `layer3`": "diffcam-fast, layer3",
+    "pytorch-grad-cam": "pytorch-grad-cam",
+    "torch-cam": "torch-cam",
+    "captum": "captum",
+}
+
+
+def test_rates_are_the_committed_rows() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| images/s (how often ours is that)")[2].partition("\n\n")[0]
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    with open(ROOT / "benchmarks/results/engine.csv", encoding="utf-8") as file:
+        rows = {(r["model"], r["source"], r["name"]): r for r in csv.DictReader(file)}
+    columns = [
+        (f"torchvision:{model}", source)
+        for model in ("resnet50", "efficientnet_b0")
+        for source in ("memory", "files")
+    ]
+    assert [line[0] for line in shown] == list(_ENGINE)
+    for name, *cells in shown:
+        for column, cell in zip(columns, cells, strict=True):
+            row = rows.get((*column, _ENGINE[name]))
+            if row is None:
+                assert cell == ""
+                continue
+            rate = float(row["images_per_s"])
+            made = f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
+            assert cell == f"{made} ({float(row['ours_over']):.2f})"
+    with open(ROOT / "benchmarks/results/endurance.csv", encoding="utf-8") as file:
+        tenths = list(csv.DictReader(file))
+    first, last = tenths[0], tenths[-1]
+    grown = (float(last["memory_mib"]) - float(first["memory_mib"])) * 2**20
+    bytes_each = grown / (int(last["explained"]) - int(first["explained"]))
+    speeds = [float(tenth["images_per_s"]) for tenth in tenths[1:]]
+    said = " ".join(text.split())
+    assert f"explained {min(speeds):.0f} to {max(speeds):.0f} images/s" in said
+    assert f"memory grew by {bytes_each:.0f} bytes an image" in said
+
+
 def test_scale_rates_are_the_committed_rows() -> None:
     text = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
     lines = re.findall(
