@@ -45,7 +45,7 @@ _COMPARED = tuple(name for name in CONTRASTS if name != "none")
 )
 def main(out: Path) -> None:
     """Explains a few photographs, and names the pictures and the report that it wrote."""
-    from diffcam_fast.cli.job import Request
+    from diffcam_fast.cli.request import Request
 
     console = Console()
     with stopping_on_signals():

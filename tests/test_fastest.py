@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import networks
 from commandline import MODEL, environment, write_images, write_network
-from diffcam_export import fastest as module
+from diffcam_export import candidate as module
 from diffcam_export.cache import Cache, digest_of
-from diffcam_export.fastest import Fastest, accelerate
+from diffcam_export.candidate import Fastest
+from diffcam_export.fastest import accelerate
 from diffcam_fast import Augment, Contrast, Explainer, OnnxExplainer
 from diffcam_fast.cli.main import main
 
@@ -30,7 +31,7 @@ def explainer_of(model: nn.Module | None = None, **options: Any) -> Explainer:
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, file: float, torch_: float) -> None:
-    monkeypatch.setattr(module._Candidate, "_timed", lambda self, path: (file, torch_))
+    monkeypatch.setattr(module.Candidate, "_timed", lambda self, path: (file, torch_))
 
 
 @pytest.fixture
@@ -88,9 +89,9 @@ def test_a_contrast_with_classes_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fast_file")
 def test_a_model_is_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
-    whole = module._Candidate._make
+    whole = module.Candidate._make
     monkeypatch.setattr(
-        module._Candidate, "_make", lambda self, path: (made.append(path), whole(self, path))[1]
+        module.Candidate, "_make", lambda self, path: (made.append(path), whole(self, path))[1]
     )
     model = networks.pooled()
     first = accelerate(explainer_of(model), cache=tmp_path)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import networks
 from commandline import MODEL, write_images, write_network
 from diffcam_export import OnnxExplainer, quantised
-from diffcam_export.fastest import Fastest, accelerate
+from diffcam_export.candidate import Fastest
+from diffcam_export.fastest import accelerate
 from diffcam_fast import Explainer
 from diffcam_fast.cli.main import main
 

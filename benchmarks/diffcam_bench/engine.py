@@ -23,7 +23,8 @@ from diffcam_bench.onnx_flops import flops
 from diffcam_bench.photographs import write_jpegs
 from diffcam_bench.rows import provenance
 from diffcam_bench.zoo import build, size_of
-from diffcam_export.fastest import Fastest, accelerate
+from diffcam_export.candidate import Fastest
+from diffcam_export.fastest import accelerate
 from diffcam_export.plain import plain_part
 from diffcam_export.running import run
 from diffcam_export.session import CPU, open_session

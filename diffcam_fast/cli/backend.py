@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffcam_fast.cli.onnx import Described, describe
+from diffcam_fast.cli.request import Request
 from diffcam_fast.models import default
 from diffcam_fast.stream import CPU_BATCH
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffcam_export.candidate import Fastest
     from diffcam_export.explainer import OnnxExplainer
-    from diffcam_export.fastest import Fastest
-    from diffcam_fast.cli.job import Request
     from diffcam_fast.explainer import Explainer
     from diffcam_fast.models.loading import LoadedModel
 

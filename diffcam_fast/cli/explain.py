@@ -18,7 +18,8 @@ from diffcam_fast.cli.cluster_summary import tell
 from diffcam_fast.cli.console import Console, printable
 
 if TYPE_CHECKING:
-    from diffcam_fast.cli.job import Job, Request
+    from diffcam_fast.cli.job import Job
+    from diffcam_fast.cli.request import Request
     from diffcam_fast.cli.run import Summary
 
 SOME_FAILED, INTERRUPTED = 3, 130
@@ -254,7 +255,7 @@ def explain(
     with stopping_on_signals():
         try:
             # Here, not above: PyTorch takes seconds to import, and --help needs none of it.
-            from diffcam_fast.cli.job import Request
+            from diffcam_fast.cli.request import Request
 
             request = Request(
                 inputs=inputs,

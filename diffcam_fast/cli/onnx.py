@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from diffcam_fast.cli.request import Request
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import AsItIs, Preprocess
 from diffcam_fast.models.labels import imagenet_labels
@@ -13,7 +14,6 @@ from diffcam_fast.targets import Targets
 
 if TYPE_CHECKING:
     from diffcam_export.explainer import OnnxExplainer
-    from diffcam_fast.cli.job import Request
 
 
 class Explains(Protocol):
@@ -52,7 +52,7 @@ class Described:
     assumed: str | None = None
 
 
-def open_explained(request: "Request", *, threads: int | None = None) -> tuple[Described, Explains]:
+def open_explained(request: Request, *, threads: int | None = None) -> tuple[Described, Explains]:
     """The ONNX file that a request names, if it has what is asked for.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from diffcam_fast.cli.backend import accelerated, recalled
 from diffcam_fast.cli.console import Console, shortened
 from diffcam_fast.cli.onnx import Described, Explains, open_explained
+from diffcam_fast.cli.request import Request
 from diffcam_fast.contrast import Contrast
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.explanation import Explanation
@@ -26,9 +27,6 @@ from diffcam_fast.models.labels import read_labels
 from diffcam_fast.models.loading import LoadedModel, Weights, load_model
 from diffcam_fast.running import is_out_of_memory
 from diffcam_fast.stream import CPU_BATCH, fitting_batch_size
-
-if TYPE_CHECKING:
-    from diffcam_fast.cli.job import Request
 
 _Loaded = TypeVar("_Loaded", LoadedModel, Described)
 

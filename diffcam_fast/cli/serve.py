@@ -112,8 +112,8 @@ def serve(
     # Here, not above: PyTorch takes seconds to import, and --help needs none of it.
     import uvicorn
 
-    from diffcam_fast.cli.job import Request
     from diffcam_fast.cli.opening import open_model
+    from diffcam_fast.cli.request import Request
     from diffcam_fast.images.colour import colour_table
     from diffcam_fast.serve import Limits, create_app
 

@@ -11,7 +11,6 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from diffcam_fast.cli.job import Request
 from diffcam_fast.cli.onnx import Described, Explains, open_explained
 from diffcam_fast.cli.opening import (
     DEFAULT_METHOD,
@@ -21,6 +20,7 @@ from diffcam_fast.cli.opening import (
     resized,
     try_out,
 )
+from diffcam_fast.cli.request import Request
 from diffcam_fast.contrast import Contrast
 from diffcam_fast.explainer import method_and_contrast
 from diffcam_fast.formats import names_onnx

@@ -6,15 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffcam_export.candidate import Fastest
     from diffcam_export.explainer import OnnxExplainer
     from diffcam_export.export import Exported, export_onnx
-    from diffcam_export.fastest import Fastest, accelerate
+    from diffcam_export.fastest import accelerate
     from diffcam_export.verify import Check, Report, verify
 
 _HOMES = {
     "Check": "verify",
     "Exported": "export",
-    "Fastest": "fastest",
+    "Fastest": "candidate",
     "OnnxExplainer": "explainer",
     "Report": "verify",
     "accelerate": "fastest",

@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-import statistics
-import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from diffcam_export.cache import Cache, Kept, digest_of, digest_of_images, versions
+from diffcam_export.cache import Cache, versions
+from diffcam_export.candidate import Candidate, Fastest, allowed_target
 from diffcam_export.explainer import OnnxExplainer
 from diffcam_export.session import CPU
-from diffcam_fast.contrast import Contrast
-from diffcam_fast.explainer import Explainer, Setup
-from diffcam_fast.explanation import Explanation
+from diffcam_fast.explainer import Explainer
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.methods import METHODS
 from diffcam_fast.running import pick_logits
 
-if TYPE_CHECKING:
-    from diffcam_export.quantised import Agreement
-
 Backend = Literal["auto", "torch", "onnxruntime"]
 
-# As far as float32 in another order may be off, relative to the largest value of a map.
-_TOLERANCE, _ROUNDING = 1e-3, 1e-4
 # int8 is fitted to the ranges of these: what a few images did not fill would be clipped.
 LEAST_IMAGES = 8
-_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Fastest:
-    """An explainer, and why it is the one.
-
-    Attributes:
-        explainer: what to call.
-        reason: why it runs where it runs, in a sentence.
-        path: the exported file that runs; None where PyTorch does.
-        agreement: how near int8 is to float32; None: it is float32.
-    """
-
-    explainer: Explainer | OnnxExplainer
-    reason: str
-    path: Path | None = None
-    agreement: Agreement | None = None
 
 
 def accelerate(
@@ -70,9 +41,8 @@ def accelerate(
     """The same explanations from the fastest runtime of this machine.
 
     On the CPU the model is exported once, with its maps in the graph, compared with the explainer,
-    timed beside it, and kept in the user's cache under its weights, its code and the options; ONNX
-    Runtime takes about half of eager PyTorch's time for most convolutional networks. On CUDA
-    PyTorch runs, with the kernels.
+    timed beside it, and kept in the user's cache under its weights, its code and the options. On
+    CUDA PyTorch runs, with the kernels.
 
     Args:
         explainer: to make faster; it stays as it is.
@@ -111,12 +81,12 @@ def accelerate(
     if topk is not None and targets == "input":
         raise ValueError(f"topk={topk} excludes targets='input'; leave one out")
     reason = _obstacle(explainer)
-    if reason is None and _allowed(explainer.setup.contrast) is not None:
+    if reason is None and allowed_target(explainer.setup.contrast) is not None:
         # The check on random images needs a class that is none of the contrast's own.
         targets = "input"
         reason = None if topk is None else "the best classes may be those of the contrast"
     if reason is None:
-        candidate = _Candidate(explainer, targets, topk, batch_size, threads, preprocess, labels)
+        candidate = Candidate(explainer, targets, topk, batch_size, threads, preprocess, labels)
         found = candidate.opened(Cache(cache))
         if isinstance(found, Fastest) and calibration is not None and precision == "int8":
             return candidate.quantised(calibration, candidate.forced(found), Cache(cache))
@@ -142,195 +112,6 @@ def _obstacle(explainer: Explainer) -> str | None:
     if setup.output is not pick_logits:
         return "the logits are found by a function of the caller's"
     return None
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """An explainer as an exported file."""
-
-    explainer: Explainer
-    targets: Literal["predicted", "input"]
-    topk: int | None
-    batch_size: int
-    threads: int | None
-    preprocess: Preprocess | None
-    labels: tuple[str, ...] | None
-
-    def opened(self, cache: Cache) -> Fastest | str:
-        """The faster of both; or why there is no file."""
-        key = self._key()
-        kept = cache.get(key)
-        if kept is None:
-            try:
-                kept = cache.put(key, self._make)
-            except OSError as error:
-                return f"the cache {cache.folder} cannot be written: {error.strerror or error}"
-            except (ValueError, TypeError) as error:
-                return f"it cannot be exported: {next(iter(str(error).splitlines()), '')}"
-        found = self._checked(kept)
-        if isinstance(found, str):
-            cache.drop(key)
-        return found
-
-    def _key(self) -> dict[str, Any]:
-        setup = self.explainer.setup
-        return {
-            "model": digest_of(setup.model),
-            **_options(setup),
-            "targets": self.targets,
-            "topk": self.topk,
-            "batch_size": self.batch_size,
-            "threads": self.threads,
-            "preprocess": self.preprocess,
-            "labels": self.labels,
-            "versions": versions(),
-        }
-
-    def _make(self, path: Path) -> Mapping[str, Any]:
-        """Exports and times; returns what to note."""
-        # Here, not above: whoever opens a kept file need not import what wrote it.
-        from diffcam_export.export import export_onnx
-
-        setup = self.explainer.setup
-        export_onnx(
-            setup.model,
-            path,
-            example_inputs=self._images(2),
-            layer=setup.layers[0],
-            method=setup.method.name,
-            contrast=setup.contrast,
-            relu=setup.relu,
-            targets=self.targets,
-            topk=self.topk,
-            preprocess=self.preprocess,
-            labels=self.labels,
-            verify=False,
-        )
-        ours, theirs = self._timed(path)
-        return {"onnxruntime_s": ours, "torch_s": theirs}
-
-    def _checked(self, kept: Kept) -> Fastest | str:
-        """Opens a file and compares its maps with the explainer's: code may have changed unseen."""
-        try:
-            file = OnnxExplainer(kept.path, providers=[CPU], threads=self.threads)
-        except ValueError as error:
-            return str(error)
-        images = self._images(2)
-        expected = self._explained(self.explainer, images)
-        if self.targets == "input":
-            # Of the classes that PyTorch found: of two equal logits either may be the largest.
-            made = file(images, expected.targets)
-        else:
-            made = self._explained(file, images)
-        off = _relative(made.maps, expected.maps)
-        if not (off <= _TOLERANCE or self._as_near(images, made, expected)):
-            return f"its exported maps are off by {off:.1e}, more than {_TOLERANCE:.0e}"
-        ratio = kept.facts["onnxruntime_s"] / kept.facts["torch_s"]
-        told = f"{ratio:.2f} of the time of torch ({self.batch_size} images at a time)"
-        if ratio > 1:
-            return Fastest(self.explainer, f"torch, because onnxruntime takes {told}", kept.path)
-        return Fastest(file, f"onnxruntime takes {told}", kept.path)
-
-    def _as_near(self, images: Tensor, made: Explanation, expected: Explanation) -> bool:
-        """Whether the file is as near to float64 as PyTorch's float32 is.
-
-        Where a ReLU or a maximum is nearly undecided, float32 decides it by the order of its sums,
-        and gradients at earlier layers differ by it.
-        """
-        same = torch.equal(made.targets, expected.targets)
-        if made.maps.shape != expected.maps.shape or not same:
-            return False
-        setup = self.explainer.setup
-        exact = Explainer(
-            copy.deepcopy(setup.model).double(),
-            layer=setup.layers[0],
-            method=setup.method,
-            contrast=setup.contrast,
-            relu=setup.relu,
-            example_inputs=images,
-        )
-        maps = exact(images, expected.targets).maps
-        ours, theirs = (_relative(e.maps, maps) for e in (made, expected))
-        return ours <= 2 * theirs + _ROUNDING
-
-    def quantised(self, calibration: Tensor, floats: Fastest, cache: Cache) -> Fastest:
-        """The same in int8, and how near it is.
-
-        Raises:
-            ValueError: it cannot be quantised.
-        """
-        from diffcam_export.quantised import Agreement
-
-        assert isinstance(floats.explainer, OnnxExplainer)
-        key = {**self._key(), "precision": "int8", "calibration": digest_of_images(calibration)}
-        original = floats.explainer
-        kept = cache.get(key) or cache.put(
-            key, lambda path: self._make_quantised(path, calibration, original)
-        )
-        file = OnnxExplainer(kept.path, providers=[CPU], threads=self.threads)
-        found = Agreement(**kept.facts["agreement"])
-        ratio = kept.facts["int8_s"] / kept.facts["float32_s"]
-        reason = (
-            f"int8 takes {ratio:.2f} of the time of float32 ({self.batch_size} images at a time); "
-            f"{found}"
-        )
-        return Fastest(file, reason, kept.path, found)
-
-    def _make_quantised(
-        self, path: Path, calibration: Tensor, floats: OnnxExplainer
-    ) -> Mapping[str, Any]:
-        from diffcam_export.quantised import agreement, write_quantised
-
-        held = torch.arange(len(calibration)) % 4 == 3
-        write_quantised(
-            self.explainer.setup,
-            path,
-            calibration[~held],
-            targets=self.targets,
-            topk=self.topk,
-            preprocess=self.preprocess,
-            labels=self.labels,
-        )
-        file = OnnxExplainer(path, providers=[CPU], threads=self.threads)
-        int8, float32 = self._in_turn(file, floats)
-        found = agreement(self.explainer, file, calibration[held])
-        return {"int8_s": int8, "float32_s": float32, "agreement": asdict(found)}
-
-    def forced(self, found: Fastest) -> Fastest:
-        """The file, though PyTorch may be faster."""
-        if isinstance(found.explainer, OnnxExplainer) or found.path is None:
-            return found
-        file = OnnxExplainer(found.path, providers=[CPU], threads=self.threads)
-        return replace(found, explainer=file, reason="onnxruntime was asked for")
-
-    def _timed(self, path: Path) -> tuple[float, float]:
-        """Seconds for a batch in ONNX Runtime and in PyTorch."""
-        file = OnnxExplainer(path, providers=[CPU], threads=self.threads)
-        return self._in_turn(file, self.explainer)
-
-    def _in_turn(self, *both: Explainer | OnnxExplainer) -> tuple[float, float]:
-        """Seconds that each of two takes for a batch, medians of rounds in turn."""
-        images = self._images(self.batch_size)
-        taken: tuple[list[float], list[float]] = ([], [])
-        for number in range(_ROUNDS + 1):
-            for explain, seconds in zip(both, taken, strict=True):
-                start = time.perf_counter()
-                self._explained(explain, images)
-                # The first round warms up.
-                if number:
-                    seconds.append(time.perf_counter() - start)
-        return statistics.median(taken[0]), statistics.median(taken[1])
-
-    def _explained(self, explain: Explainer | OnnxExplainer, images: Tensor) -> Explanation:
-        """Of a class that the contrast takes as a target, where one may be asked for."""
-        allowed = _allowed(self.explainer.setup.contrast)
-        if allowed is None or self.targets != "input":
-            return explain(images, topk=self.topk)
-        return explain(images, allowed)
-
-    def _images(self, count: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(count, *self.explainer.setup.examples, generator=generator)
 
 
 def _check_precision(
@@ -388,32 +169,3 @@ def recall(
 
 def _bytes(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def _options(setup: Setup) -> dict[str, Any]:
-    contrast = setup.contrast
-    weights = contrast.weights
-    return {
-        "layer": setup.layers[0],
-        "method": repr(setup.method),
-        "contrast": [contrast.name, contrast.temperature, contrast.reference],
-        "weights": None if weights is None else weights.tolist(),
-        "relu": setup.relu,
-        "examples": setup.examples,
-    }
-
-
-def _allowed(contrast: Contrast) -> int | None:
-    """A class that a contrast takes as a target; None: it takes any."""
-    if contrast.weights is not None:
-        free = (contrast.weights.reshape(-1, contrast.weights.shape[-1]) == 0).all(dim=0)
-        return int(free.nonzero()[0]) if free.any() else None
-    taken = contrast.reference
-    return None if taken is None else next(c for c in range(len(taken) + 1) if c not in taken)
-
-
-def _relative(made: Tensor, expected: Tensor) -> float:
-    if made.shape != expected.shape:
-        return float("inf")
-    largest = float(expected.abs().max())
-    return float((made - expected).abs().max()) / (largest or 1.0)
