@@ -59,16 +59,16 @@ def test_nothing_is_timed_where_maps_differ(like: str) -> None:
     other = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(1))
     rival = Rival("other", lambda net, layer: lambda x, targets: other, like, "why")
     with pytest.raises(ParityError, match=f"other: maps are to be {like}, and read"):
-        cams._gate(rival, other, maps, images)
+        cams.gate(rival, other, maps, images)
     with pytest.raises(ParityError, match="constant or not finite"):
-        cams._gate(rival, torch.zeros(2, 8, 8), maps, images)
+        cams.gate(rival, torch.zeros(2, 8, 8), maps, images)
     same = cams.upsampled(cams.min_max(maps), images)
-    assert cams._gate(rival, same, maps, images).value == pytest.approx(
+    assert cams.gate(rival, same, maps, images).value == pytest.approx(
         float(like == "close"), abs=1e-6
     )
     if like == "sign":
         turned = cams.upsampled(cams.min_max((-maps + 0.5).relu()), images)
-        assert cams._gate(rival, turned, maps - 0.5, images).value < 1e-6
+        assert cams.gate(rival, turned, maps - 0.5, images).value < 1e-6
 
 
 def test_the_command_keeps_rows_and_replaces_its_own(

@@ -129,6 +129,16 @@ def test_what_a_file_says(made: tuple[Path, torch.nn.Sequential]) -> None:
     assert explainer.inspect().heads == ("closed form",)
 
 
+def test_a_file_that_takes_targets_explains_the_best_by_a_run_more(
+    made: tuple[Path, torch.nn.Sequential],
+) -> None:
+    path, model = made
+    inputs = images(4)
+    assert opened(path).takes_targets
+    expected = Explainer(model, layer="0")(inputs, topk=3)
+    assert_same(opened(path)(inputs, topk=3), expected)
+
+
 def test_refusals(
     made: tuple[Path, torch.nn.Sequential], fixed: tuple[Path, torch.nn.Sequential]
 ) -> None:
@@ -136,7 +146,8 @@ def test_refusals(
     refused: list[tuple[OnnxExplainer, object, object, int | None, type[Exception], str]] = [
         (one_size, images(), 3, None, ValueError, "targets='input'"),
         (one_size, images(), None, 4, ValueError, "export it with topk=4"),
-        (any_size, images(), None, 2, ValueError, "export it with topk=2"),
+        (any_size, images(), None, 0, ValueError, "export it with topk=0"),
+        (any_size, images(), None, 6, ValueError, "topk"),
         (any_size, images(), 3, 1, ValueError, "not both"),
         (one_size, images(2, 15), None, None, ValueError, "10 x 12 pixels .* got 15 x 17"),
         (any_size, images(), 5, None, ValueError, "from 0 to 4"),

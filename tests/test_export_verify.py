@@ -226,7 +226,6 @@ def test_explain_takes_an_explained_file(made: Path, tmp_path: Path) -> None:
         (["--temperature", "2"], r"--temperature is 2\.0, but .* exported with 1\.0"),
         (["--layer", "layer3"], "none of layer3"),
         (["--weights", "random"], "leave --weights out"),
-        (["--topk", "2"], "--topk is 2"),
         (["--device", "meta"], "cpu or cuda"),
         (["--target", "cat"], "cat"),
     ],
@@ -238,6 +237,17 @@ def test_explain_refuses_what_the_file_has_not(
     code, _, stderr = explain(photo, "-m", made, *options)
     assert code == 2
     assert re.search(message, " ".join(stderr.split())), stderr
+
+
+def test_explain_refuses_more_classes_than_the_file_has(tmp_path: Path) -> None:
+    (photo,) = write_images(tmp_path, 1)
+    write_explained(tmp_path / "best.onnx", topk=2)
+    code, _, stderr = explain(photo, "-m", tmp_path / "best.onnx", "--topk", "3")
+    assert code == 2
+    assert "--topk is 3, but" in " ".join(stderr.split())
+    assert "has maps of the best 2" in " ".join(stderr.split())
+    code, _, _ = explain(photo, "-m", tmp_path / "best.onnx", "--topk", "2")
+    assert code == 0
 
 
 def test_explain_refuses_other_files(made: Path, fixed: Path, tmp_path: Path) -> None:
