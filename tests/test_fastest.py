@@ -196,6 +196,25 @@ def test_reasons_for_torch(tmp_path: Path, explainer: Any, reason: str) -> None:
     assert not list(tmp_path.glob("*.onnx"))
 
 
+@pytest.mark.usefixtures("fast_file")
+@pytest.mark.parametrize("moment", ["_make", "_checked"])
+def test_a_file_that_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    whole = getattr(module.Candidate, moment)
+
+    def broken(self: Any, given: Any) -> Any:
+        whole(self, given)
+        raise RuntimeError("ONNX Runtime failed: a shape does not fit")
+
+    monkeypatch.setattr(module.Candidate, moment, broken)
+    explainer = explainer_of()
+    found = accelerate(explainer, cache=tmp_path)
+    assert found.explainer is explainer
+    assert "its exported file does not run: ONNX Runtime failed" in found.reason
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_torch_and_an_unknown_backend(tmp_path: Path) -> None:
     explainer = explainer_of()
     assert accelerate(explainer, backend="torch") == Fastest(explainer, "torch was asked for")

@@ -89,9 +89,9 @@ def test_agreement_is_of_images_that_it_was_not_fitted_to(
         fitted.append(calibration)
         write(setup, path, calibration, **options)
 
-    def comparing(floats: Any, file: Any, given: Tensor) -> Any:
+    def comparing(floats: Any, file: Any, given: Tensor, target: int | None) -> Any:
         held.append(given)
-        return compare(floats, file, given)
+        return compare(floats, file, given, target)
 
     monkeypatch.setattr(quantised, "write_quantised", writing)
     monkeypatch.setattr(quantised, "agreement", comparing)
@@ -207,7 +207,12 @@ def test_on_the_command_line(folder: Path) -> None:
     # What is float32 and what is int8 does not meet in one folder.
     mixed = explain("--resume")
     assert mixed.exit_code == 2
-    assert 'precision was "int8", is null' in mixed.stderr
+    assert 'precision was "int8, fitted to images ' in mixed.stderr
+    # Neither do networks that were fitted to other images.
+    assert explain("--precision", "int8", "--resume").exit_code == 3
+    (folder / "photos" / "000-red.png").unlink()
+    other = explain("--precision", "int8", "--resume")
+    assert other.exit_code == 2 and "fitted to images" in other.stderr
 
 
 @pytest.mark.usefixtures("folder")

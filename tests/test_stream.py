@@ -141,6 +141,8 @@ SOURCES: dict[str, Callable[[Path, list[Image.Image]], Any]] = {
     ),
     "Hugging Face": hugging_face,
     "Hugging Face, undecoded": hugging_face_undecoded,
+    "Hugging Face, in batches": lambda folder, images: hugging_face(folder, images).iter(3),
+    "lists of pictures": lambda folder, images: [images[:4], images[4:]],
     "WebDataset": web_dataset,
 }
 
@@ -157,6 +159,25 @@ def test_a_folder_of_one_size_as_an_array(explainer: Explainer) -> None:
     array = np.random.default_rng(0).integers(0, 255, (5, 20, 20, 3), dtype=np.uint8)
     streamed = list(explainer.stream(array, preprocess=PREPROCESS, batch_size=2))
     check(explainer, streamed, [Image.fromarray(a) for a in array])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "P", "LA"])
+def test_a_picture_is_what_its_file_would_be(
+    explainer: Explainer, tmp_path: Path, mode: str
+) -> None:
+    pixels = np.random.default_rng(3).integers(0, 255, (24, 30, 4), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    if mode == "I;16":
+        picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 200)
+    elif mode != "RGBA":
+        picture = picture.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as opened:
+        both = [tmp_path / "a.png", opened]
+        maps = maps_of(list(explainer.stream(both, preprocess=PREPROCESS)))
+    assert torch.equal(maps[0], maps[1])
 
 
 def test_keys(explainer: Explainer, tmp_path: Path) -> None:

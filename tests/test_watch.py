@@ -32,11 +32,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def watching(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+def watching(folder: Path, *more: str, sleep: str = "0") -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         command(*WATCH, *more),
         cwd=folder,
-        env=environment(),
+        env=environment(TINY_SLEEP=sleep),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -113,6 +113,18 @@ def test_images_are_explained_as_they_come(folder: Path) -> None:
     rows = pq.read_table(folder / "out" / "maps.parquet").column("path").to_pylist()
     assert sorted(rows) == sorted(path for path, s in entries(folder).items() if s == "done")
     assert not json.loads((folder / "out" / "manifest.json").read_text())["complete"]
+
+
+def test_an_image_that_comes_while_others_are_explained(folder: Path) -> None:
+    """What was there keeps the network busy; what comes meanwhile is not overlooked."""
+    for number in range(7):
+        put(folder, number, f"before-{number}.png")
+    with watching(folder, "--shard-size", "1", "--batch-size", "1", sleep="0.4") as process:
+        wait(process, lambda: len(entries(folder)) >= 1)
+        put(folder, 7, "meanwhile.png")
+        wait(process, lambda: len(entries(folder)) == 8)
+        stop(process)
+    assert entries(folder)["inbox/meanwhile.png"] == "done"
 
 
 def test_a_restart_goes_on(folder: Path) -> None:

@@ -107,7 +107,7 @@ class Contest:
         found = [
             _verdict(f"over {name}", ratios[name], least)
             for name, least in LEAST.items()
-            if name in ratios and (self.source == "memory" or name == PLAIN)
+            if name in ratios
         ]
         for name, ratio in ratios.items():
             if name.endswith("targets"):

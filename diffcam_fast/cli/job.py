@@ -113,7 +113,9 @@ def prepare(request: Request, console: Console) -> Job:
         targets=tuple(dict.fromkeys(targets)),
         backend=opened.trial.backend,
         writers=writers,
-        settings=_settings(request, targets, opened.trial, opened.loaded.preprocess),
+        settings=_settings(
+            request, targets, opened.trial, opened.loaded.preprocess, opened.calibrated
+        ),
         device=opened.device,
         agreement=opened.agreement,
     )
@@ -214,6 +216,7 @@ def _settings(
     targets: Sequence[int],
     trial: Explanation,
     preprocess: Preprocess,
+    fitted: str | None,
 ) -> dict[str, Any]:
     """What the outputs depend on; a resumed run must have the same."""
     return {
@@ -226,7 +229,7 @@ def _settings(
         "contrast": trial.contrast,
         "temperature": None if request.temperature is None else str(request.temperature),
         "dtype": request.dtype,
-        "precision": None if request.precision == "float32" else request.precision,
+        "precision": None if fitted is None else f"int8, fitted to images {fitted}",
         "size": list(preprocess.size),
         "targets": list(targets),
         "topk": request.topk,

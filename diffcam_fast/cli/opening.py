@@ -47,6 +47,7 @@ class Opened:
         trial: The explanation of a blank image.
         device: Where the network is.
         agreement: How near int8 is to float32; None: it is float32.
+        calibrated: A digest of the images that int8 was fitted to.
     """
 
     request: Request
@@ -56,6 +57,7 @@ class Opened:
     trial: Explanation
     device: str
     agreement: Any = None
+    calibrated: str | None = None
 
     @property
     def classes(self) -> int:
@@ -88,7 +90,7 @@ def open_model(
         request = replace(request, batch_size=CPU_BATCH)
     loaded: LoadedModel | Described
     explainer: Explains
-    agreement = None
+    agreement, calibrated = None, None
     if request.model is not None and names_onnx(request.model):
         described, explainer = open_explained(request)
         loaded = resized(described, request.size)
@@ -101,7 +103,9 @@ def open_model(
         loaded, explainer, reason = kept
         console.why(f"runtime: {reason}")
     else:
-        loaded, explainer, agreement = _loaded(request, device, images, calibration, console)
+        loaded, explainer, agreement, calibrated = _loaded(
+            request, device, images, calibration, console
+        )
     if device == "cpu" and not isinstance(explainer, Explainer):
         # ONNX Runtime has the processors. What is left for PyTorch is small, and its threads would
         # wait for each other.
@@ -114,7 +118,7 @@ def open_model(
         console.why(f"batch size: {size}")
     _explain_choices(loaded, explainer, trial.backend, console)
     labels = _labels(request.labels, loaded.labels, trial.logits.shape[1])
-    return Opened(request, loaded, explainer, labels, trial, device, agreement)
+    return Opened(request, loaded, explainer, labels, trial, device, agreement, calibrated)
 
 
 def calibration_images(sources: Sequence[Source], preprocess: Preprocess) -> Tensor:
@@ -152,8 +156,10 @@ def _loaded(
     images: int | None,
     calibration: Callable[[Preprocess], Tensor] | None,
     console: Console,
-) -> tuple[LoadedModel, Explains, Any]:
-    """The network that a request names, what explains it, and how well, where that is int8."""
+) -> tuple[LoadedModel, Explains, Any, str | None]:
+    """The network that a request names, what explains it, and where that is int8, how well, and a
+    digest of the images that it was fitted to.
+    """
     loaded = load_model(request.model, weights=parse_weights(request.weights), device=device)
     if request.weights == "random":
         console.say("the weights are random: labels and maps mean nothing")
@@ -174,11 +180,15 @@ def _loaded(
         chosen = calibration(loaded.preprocess)
     fastest = accelerated(request, loaded, explainer, device, images, chosen)
     if fastest is None:
-        return loaded, explainer, None
+        return loaded, explainer, None, None
     # int8 changes the maps: that is no detail.
     tell = console.why if fastest.agreement is None else console.say
     tell(f"runtime: {fastest.reason}")
-    return loaded, fastest.explainer, fastest.agreement
+    if chosen is None:
+        return loaded, fastest.explainer, None, None
+    from diffcam_export.cache import digest_of_images
+
+    return loaded, fastest.explainer, fastest.agreement, digest_of_images(chosen)[:16]
 
 
 def try_out(loaded: LoadedModel | Described, explainer: Explains) -> Explanation:

@@ -221,6 +221,7 @@ class _Loop:
     advance: Callable[[int], object]
     # Finished, and not yet accounted for.
     waiting: list[Entry] = field(default_factory=list)
+    failed: int = 0
 
     def run(self, pending: Iterable[Source | Flush]) -> None:
         request, preprocess = self.job.request, self.job.loaded.preprocess
@@ -304,10 +305,11 @@ class _Loop:
             self.ledger.append([entry for entry in new if entry.path not in self.ledger])
         entries, self.waiting = self.waiting, []
         self.summary.entries += entries
+        self.failed += sum(entry.status == "failed" for entry in entries)
 
     def publish(self, *, complete: bool) -> None:
         """Writes the manifest over what is accounted for."""
-        facts = {"failed": len(self.summary.failed), "settings": self.job.settings}
+        facts = {"failed": self.failed, "settings": self.job.settings}
         for shards in self._shards:
             shards.publish(complete=complete, facts=facts)
 

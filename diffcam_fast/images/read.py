@@ -112,6 +112,23 @@ def image_from_pixels(pixels: np.ndarray[Any, Any], *, max_pixels: int = MAX_PIX
     return _to_rgb(Image.fromarray(pixels.reshape(height, width) if grey else pixels))
 
 
+def image_from_picture(image: Image.Image) -> Image.Image:
+    """As `read_image`, of an image that Pillow opened: 8-bit RGB, upright, transparency on white.
+
+    Args:
+        image: Of any mode; it stays as it is.
+
+    Raises:
+        ImageError: Its file turns out to be damaged, or its values are not finite.
+    """
+    try:
+        return _upright(_to_rgb(image))
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(_reason(f"{image.format or 'PIL'} image", error)) from error
+
+
 def _check_file(path: Path, max_bytes: int) -> None:
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):

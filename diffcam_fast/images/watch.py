@@ -39,12 +39,15 @@ def watched(
         Images; and `FLUSH` whenever there is nothing to yield for the moment.
     """
     changes = _changes(folder)
+    # The system tells of changes from here on; what is there is looked for after that.
+    early = next(changes)
     skip = None if exclude is None else os.path.realpath(exclude)
     namer = _Names(names)
     seen: set[str] = set()
     waiting: dict[Path, tuple[int, int, float]] = {}
-    for path in walk_images(folder, skip):
-        waiting[path] = (-1, -1, 0.0)
+    for path in [*walk_images(folder, skip), *early]:
+        if not _is_below(path, skip):
+            waiting[path] = (-1, -1, 0.0)
     while True:
         for path in sorted(_settled(waiting)):
             key = str(path)
@@ -54,9 +57,12 @@ def watched(
                     yield Source(path, namer.of(folder, path))
         yield FLUSH
         for path in next(changes):
-            inside = skip is not None and Path(os.path.realpath(path)).is_relative_to(skip)
-            if not inside and str(path) not in seen:
+            if not _is_below(path, skip) and str(path) not in seen:
                 waiting.setdefault(path, (-1, -1, 0.0))
+
+
+def _is_below(path: Path, folder: str | None) -> bool:
+    return folder is not None and Path(os.path.realpath(path)).is_relative_to(folder)
 
 
 def _changes(folder: Path) -> Iterator[list[Path]]:

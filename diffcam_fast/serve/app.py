@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from PIL import Image
+from torch import Tensor
 
 from diffcam_fast import __version__
 from diffcam_fast.explanation import Explanation
@@ -27,6 +29,8 @@ from diffcam_fast.serve.batching import Batcher, Kind, QueueFull, Refusal
 from diffcam_fast.serve.metrics import Metrics
 from diffcam_fast.stream import Explains, NetworkStage, OutOfMemory, Preparation, normalises_on
 from diffcam_kernels import reference
+
+T = TypeVar("T")
 
 _TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
 _BODY: dict[str, Any] = {
@@ -66,6 +70,7 @@ class Limits:
         max_bytes: of an image file.
         max_pixels: of an image.
         timeout: seconds from a request to its answer.
+        max_targets: classes that one request may ask for.
     """
 
     batch_size: int = 16
@@ -74,9 +79,17 @@ class Limits:
     max_bytes: int = 32 * 2**20
     max_pixels: int = 64_000_000
     timeout: float = 30.0
+    max_targets: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "queue", "max_bytes", "max_pixels", "timeout"):
+        for name in (
+            "batch_size",
+            "queue",
+            "max_bytes",
+            "max_pixels",
+            "timeout",
+            "max_targets",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.max_wait < 0:
@@ -123,9 +136,11 @@ def create_app(
     @app.post("/v1/explain", openapi_extra=_BODY, responses=_PROBLEMS)
     async def explain(request: Request, target: Targets = None, topk: TopK = None) -> Answer:
         """The maps of an image, as numbers."""
-        image, explanation = await service.explained(request, target, topk)
-        box = preprocess.box(image.size)
-        return answer_of(explanation, model=name, box=box, labels=labels)
+
+        def answer(seen: Seen, explanation: Explanation) -> Answer:
+            return answer_of(explanation, model=name, box=seen.box, labels=labels)
+
+        return await service.explained(request, target, topk, answer)
 
     @app.post(
         "/v1/overlay",
@@ -144,10 +159,12 @@ def create_app(
         alpha: Annotated[float, Query(ge=0, le=1, description="Share of the colours.")] = 0.5,
     ) -> Response:
         """What the network saw, with the heatmap over it, as PNG."""
-        image, explanation = await service.explained(
-            request, None if target is None else [target], None
-        )
-        data = await run_in_threadpool(service.picture, image, explanation, mode, alpha)
+
+        def picture(seen: Seen, explanation: Explanation) -> bytes:
+            return service.picture(seen.view, explanation, mode, alpha)
+
+        targets = None if target is None else [target]
+        data = await service.explained(request, targets, None, picture)
         return Response(data, media_type="image/png")
 
     @app.get("/health")
@@ -174,6 +191,21 @@ def create_app(
     return app
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is kept of an image once it is prepared.
+
+    Attributes:
+        pixels: as the network takes them.
+        box: the part of the image that it sees, in pixels.
+        view: that part, 1024 pixels on its longer side at most.
+    """
+
+    pixels: Tensor
+    box: tuple[float, float, float, float]
+    view: Image.Image
+
+
 class _Service:
     """What the addresses share."""
 
@@ -193,6 +225,8 @@ class _Service:
         self._raw = normalises_on(self._device, preprocess)
         self._preparation = Preparation(preprocess, raw=self._raw)
         self._under_way = 0
+        # A decoded image may take a gigabyte for a moment: not all of them at once.
+        self._decoding = asyncio.Semaphore(os.cpu_count() or 1)
         self._batcher: Batcher | None = None
         self.metrics = Metrics(lambda: len(self._batcher or ()))
 
@@ -244,9 +278,13 @@ class _Service:
             self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
     async def explained(
-        self, request: Request, targets: list[str] | None, topk: int | None
-    ) -> tuple[Image.Image, Explanation]:
-        """The image of a request, and its explanation.
+        self,
+        request: Request,
+        targets: list[str] | None,
+        topk: int | None,
+        finish: Callable[[Seen, Explanation], T],
+    ) -> T:
+        """What is made of the image of a request and its explanation.
 
         Raises:
             HTTPException: there is none; with the reason.
@@ -255,13 +293,17 @@ class _Service:
         with self._admitted():
             try:
                 async with asyncio.timeout(self._limits.timeout):
-                    return await self._answered(request, kind)
+                    seen, explanation = await self._answered(request, kind)
+                    return await run_in_threadpool(finish, seen, explanation)
             except TimeoutError:
                 raise HTTPException(504, f"took more than {self._limits.timeout:g} s") from None
 
     def _kind(self, targets: list[str] | None, topk: int | None) -> Kind:
         if targets and topk is not None:
             raise HTTPException(400, "target and topk exclude each other")
+        count = topk or len(targets or ())
+        if count > self._limits.max_targets:
+            raise HTTPException(400, f"{count} classes, the limit is {self._limits.max_targets}")
         if topk is not None and topk > self._classes:
             raise HTTPException(400, f"topk is {topk}, but the model has {self._classes} classes")
         try:
@@ -281,16 +323,16 @@ class _Service:
         finally:
             self._under_way -= 1
 
-    async def _answered(self, request: Request, kind: Kind) -> tuple[Image.Image, Explanation]:
+    async def _answered(self, request: Request, kind: Kind) -> tuple[Seen, Explanation]:
         data = await self._body(request)
         try:
-            image = await run_in_threadpool(decode_image, data, max_pixels=self._limits.max_pixels)
-            pixels = await run_in_threadpool(self._preparation.of, image)
+            async with self._decoding:
+                seen = await run_in_threadpool(self._seen, data)
         except ImageError as error:
             status = 413 if str(error).startswith("too large") else 400
             raise HTTPException(status, f"the image {error}") from None
         try:
-            explanation = await asyncio.wrap_future(self._started().ask(pixels.values, kind))
+            explanation = await asyncio.wrap_future(self._started().ask(seen.pixels, kind))
         except QueueFull:
             raise _busy() from None
         except OutOfMemory as error:
@@ -299,7 +341,12 @@ class _Service:
             self.metrics.failures.inc()
             raise HTTPException(500, str(error)) from None
         self.metrics.images.inc()
-        return image, explanation.cpu()
+        return seen, explanation
+
+    def _seen(self, data: bytes) -> Seen:
+        image = decode_image(data, max_pixels=self._limits.max_pixels)
+        pixels = self._preparation.of(image).values
+        return Seen(pixels, self._preprocess.box(image.size), self._preprocess.view(image, _VIEW))
 
     async def _body(self, request: Request) -> bytes:
         """The bytes of a request, no more of them than the limit."""
@@ -312,9 +359,8 @@ class _Service:
         return b"".join(parts)
 
     def picture(
-        self, image: Image.Image, explanation: Explanation, mode: str, alpha: float
+        self, view: Image.Image, explanation: Explanation, mode: str, alpha: float
     ) -> bytes:
-        view = self._preprocess.view(image, _VIEW)
         heat = reference.heatmap(explanation.maps, view.height, view.width)[0, 0].numpy()
         picture = Image.fromarray(blend(np.asarray(view), heat, alpha=alpha, cmap=self._cmap))
         if mode == "side":

@@ -124,12 +124,11 @@ class Batcher:
         for (kind, _), asks in groups.items():
             self._seen(len(asks))
             try:
-                results = self._stage(kind)([ask.image for ask in asks])
+                _deliver(asks, self._stage(kind)([ask.image for ask in asks]))
             except Exception as error:  # noqa: BLE001 - whoever asked is told, and the next is served
                 for ask in asks:
-                    ask.answer.set_exception(error)
-                continue
-            _deliver(asks, results)
+                    if not ask.answer.done():
+                        ask.answer.set_exception(error)
 
 
 def _deliver(asks: Sequence[_Ask], results: Sequence[Explanation | Refused]) -> None:
@@ -138,5 +137,7 @@ def _deliver(asks: Sequence[_Ask], results: Sequence[Explanation | Refused]) -> 
         if isinstance(result, Refused):
             next(waiting).answer.set_exception(Refusal(result.reason))
             continue
+        # In this thread: to wait for a GPU would keep the server from answering others.
+        result = result.cpu()
         for place in range(len(result)):
             next(waiting).answer.set_result(result[place])

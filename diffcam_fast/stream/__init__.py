@@ -153,6 +153,7 @@ def stream(
         Preparation(preprocess, raw=on_device, picture=1024 if pictures else None),
         workers=workers,
         timeout=timeout,
+        patience=timeout,
         profile=profile,
     )
     return _one_by_one(pipeline.run(source))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffcam_fast.images.read import decode_image, read_image
+from diffcam_fast.images.read import decode_image, image_from_picture, read_image
 
 if TYPE_CHECKING:
     from diffcam_fast.images.preprocess import Preprocess
@@ -145,6 +145,11 @@ def images_of(sample: Any, preparation: Preparation, index: int) -> Iterator[Ite
         yield Item(index, sample.load)
         return
     image, key = _image_and_key(sample, index)
+    if isinstance(image, list):
+        for offset, one in enumerate(image):
+            name = key[offset] if isinstance(key, list) else index + offset
+            yield from images_of((one,), preparation, name)
+        return
     if isinstance(image, np.ndarray):
         # PyTorch takes no strides below 0, and warns of arrays that are not to be written.
         image = np.ascontiguousarray(image)
@@ -172,8 +177,13 @@ def _image_and_key(sample: Any, index: int) -> tuple[Any, Any]:
                 f"{', '.join(_IMAGE_KEYS)}; map it to the image itself, or to (image, label)"
             )
         key = next((sample[key] for key in _NAME_KEYS if sample.get(key) is not None), index)
+        if isinstance(sample[name], list):
+            # A batch, as Hugging Face makes them.
+            return sample[name], key if isinstance(key, list) else index
         image, inner = _image_and_key(sample[name], index)
         return image, key if inner == index else inner
+    if isinstance(sample, list) and len(sample) > 1 and _are_images(sample):
+        return sample, index
     if isinstance(sample, tuple | list):
         if not sample:
             raise ValueError("a sample is empty; give the image, or (image, label)")
@@ -181,6 +191,13 @@ def _image_and_key(sample: Any, index: int) -> tuple[Any, Any]:
     if isinstance(sample, str | os.PathLike):
         return sample, sample
     return sample, index
+
+
+def _are_images(sample: list[Any]) -> bool:
+    """Whether a list is a batch: an image and its label are two kinds of things."""
+    return all(isinstance(one, Image.Image) for one in sample) or all(
+        isinstance(one, bytes) for one in sample
+    )
 
 
 def _item(image: Any, key: Any, preparation: Preparation) -> Item:
@@ -205,7 +222,8 @@ def _loader(image: Any, preparation: Preparation) -> Callable[[], Pixels]:
     if isinstance(image, bytes | bytearray | memoryview):
         return lambda: preparation.of_bytes(bytes(image))
     if isinstance(image, Image.Image):
-        return lambda: preparation.of(image)
+        # As the file that it may have been read from: upright, on white, 8 bits.
+        return lambda: preparation.of(image_from_picture(image))
     if isinstance(image, Tensor) and image.dtype == torch.uint8:
         array = _picture(image)
         return lambda: preparation.of(Image.fromarray(array))

@@ -86,8 +86,8 @@ class Pipeline:
         stage: the network.
         preparation: of pictures.
         workers: threads that decode.
-        timeout: seconds that reading and decoding one image, or the source for its next sample,
-            may take; None: any.
+        timeout: seconds that reading and decoding one image may take; None: any.
+        patience: seconds that the source may take for its next sample; None: any.
         profile: where the work of each stage is counted.
         caller: what the work of the caller is called there.
     """
@@ -99,10 +99,12 @@ class Pipeline:
         *,
         workers: int | None = None,
         timeout: float | None = None,
+        patience: float | None = None,
         profile: Profile | None = None,
         caller: str = "caller",
     ) -> None:
         self._stage, self._preparation, self._timeout = stage, preparation, timeout
+        self._patience = patience
         self._count = WORKERS if workers is None else workers
         self._caller = caller
         self._profile = Profile() if profile is None else profile
@@ -222,10 +224,10 @@ class Pipeline:
 
         while True:
             try:
-                item = loading.get(self._timeout)
+                item = loading.get(self._patience)
             except TookTooLong:
                 finish()
-                return _End(TimeoutError(f"the source gave nothing for {self._timeout:g} s"))
+                return _End(TimeoutError(f"the source gave nothing for {self._patience:g} s"))
             if isinstance(item, _End):
                 finish()
                 return item

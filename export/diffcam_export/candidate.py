@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffcam_export.cache import Cache, Kept, digest_of, digest_of_images, versions
 from diffcam_export.explainer import OnnxExplainer
-from diffcam_export.session import CPU
+from diffcam_export.session import CPU, first_line
 from diffcam_fast.contrast import Contrast
 from diffcam_fast.explainer import Explainer, Setup
 from diffcam_fast.explanation import Explanation
@@ -68,8 +68,14 @@ class Candidate:
             except OSError as error:
                 return f"the cache {cache.folder} cannot be written: {error.strerror or error}"
             except (ValueError, TypeError) as error:
-                return f"it cannot be exported: {next(iter(str(error).splitlines()), '')}"
-        found = self._checked(kept)
+                return f"it cannot be exported: {first_line(error)}"
+            except RuntimeError as error:
+                cache.drop(key)
+                return f"its exported file does not run: {first_line(error)}"
+        try:
+            found = self._checked(kept)
+        except RuntimeError as error:
+            found = f"its exported file does not run: {first_line(error)}"
         if isinstance(found, str):
             cache.drop(key)
         return found
@@ -195,7 +201,8 @@ class Candidate:
         )
         file = OnnxExplainer(path, providers=[CPU], threads=self.threads)
         int8, float32 = self._in_turn(file, floats)
-        found = agreement(self.explainer, file, calibration[held])
+        target = allowed_target(self.explainer.setup.contrast)
+        found = agreement(self.explainer, file, calibration[held], target)
         return {"int8_s": int8, "float32_s": float32, "agreement": asdict(found)}
 
     def forced(self, found: Fastest) -> Fastest:

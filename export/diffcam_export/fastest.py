@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -158,6 +159,9 @@ def recall(
     if kept is None:
         return None
     path = store.folder / str(kept.facts.get("file"))
+    with suppress(OSError):
+        # It is in use, and not the first to make room.
+        os.utime(path.with_suffix(".json"))
     if _bytes(path) != kept.facts.get("whole"):
         return None
     try:

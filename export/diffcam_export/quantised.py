@@ -35,7 +35,7 @@ class Agreement:
     Attributes:
         images: how many.
         same_class: share of them for which both predict the same class, 0 to 1.
-        correlation: of both maps of the class that int8 predicts, Pearson's, their mean.
+        correlation: of both maps of one class, Pearson's, their mean.
         worst: the smallest of these.
     """
 
@@ -127,18 +127,20 @@ def write_quantised(
         write_explained(classifier, path, options)
 
 
-def agreement(floats: Explainer, made: OnnxExplainer, images: Tensor) -> Agreement:
-    """Compares predictions, and maps of the class that each of both predicts.
+def agreement(
+    floats: Explainer, made: OnnxExplainer, images: Tensor, target: int | None = None
+) -> Agreement:
+    """Compares predictions, and maps of one class.
 
     Args:
         floats: the float32 explainer.
         made: the int8 network.
         images: (N, C, H, W), as the network takes them.
+        target: the class; None: the one that int8 predicts, a file may explain no other.
     """
-    ours = made(images)
-    same = ours.logits.argmax(dim=1) == floats(images, 0).logits.argmax(dim=1)
-    # Of the class that int8 explains: a file may explain no other.
+    ours = made(images, target)
     theirs = floats(images, ours.targets[:, :1])
+    same = ours.logits.argmax(dim=1) == theirs.logits.argmax(dim=1)
     found = torch.stack(
         [
             _correlation(one.double().flatten(), other.double().flatten())
