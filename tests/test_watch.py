@@ -117,12 +117,13 @@ def test_images_are_explained_as_they_come(folder: Path) -> None:
 
 def test_an_image_that_comes_while_others_are_explained(folder: Path) -> None:
     """What was there keeps the network busy; what comes meanwhile is not overlooked."""
-    for number in range(7):
-        put(folder, number, f"before-{number}.png")
-    with watching(folder, "--shard-size", "1", "--batch-size", "1", sleep="0.4") as process:
+    for number in range(16):
+        put(folder, number % 8, f"before-{number}.png")
+    with watching(folder, "--shard-size", "1", "--batch-size", "1", sleep="0.3") as process:
+        # No more than a handful are read ahead.
         wait(process, lambda: len(entries(folder)) >= 1)
         put(folder, 7, "meanwhile.png")
-        wait(process, lambda: len(entries(folder)) == 8)
+        wait(process, lambda: len(entries(folder)) == 17)
         stop(process)
     assert entries(folder)["inbox/meanwhile.png"] == "done"
 
