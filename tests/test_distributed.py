@@ -409,7 +409,7 @@ def run_on_cluster(folder: Path, *arguments: str) -> Path:
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=420,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return folder
