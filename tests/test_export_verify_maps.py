@@ -267,3 +267,34 @@ def test_a_pytorch_model_of_rows(tmp_path: Path) -> None:
     assert verdicts(report)["map of network.2"] == "ok"
     explainer = OnnxExplainer(path, providers=CPU, threads=1)
     assert explainer(x).maps.equal(explainer(images()).maps)
+
+
+def cancelling() -> nn.Sequential:
+    """Maps are sums of numbers near 30,000 that nearly cancel: float32 leaves three digits."""
+    model = linear(32, 1)
+    last, head = model[2], model[-1]
+    assert isinstance(last, nn.Conv2d) and isinstance(head, nn.Linear) and last.bias is not None
+    with torch.no_grad():
+        last.bias.add_(3e4)
+        head.weight.sub_(head.weight.mean(1, keepdim=True))
+    return model
+
+
+def test_float64_judges_where_float32_is_unsure(tmp_path: Path) -> None:
+    model, path = cancelling(), tmp_path / "x.cam.onnx"
+    export_onnx(model, path, example_inputs=images(), verify=False)
+    report = verify(path, against=model, rounds=0)
+    [check] = [c for c in report.checks if c.name.startswith("map of")]
+    assert check.verdict == "ok", check.detail
+    assert "off float64 by" in check.detail
+    assert float(check.detail.split()[2]) > 1e-4
+
+
+def test_float64_does_not_excuse_another_model(tmp_path: Path) -> None:
+    model, path = cancelling(), tmp_path / "x.cam.onnx"
+    export_onnx(model, path, example_inputs=images(), verify=False)
+    with torch.no_grad():
+        model[-1].weight.mul_(torch.linspace(0.9, 1.1, 5)[:, None])
+    report = verify(path, against=model, rounds=0)
+    [check] = [c for c in report.checks if c.name.startswith("map of")]
+    assert check.verdict == "failed", check.detail

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffcam_export.cache import Cache, Kept, digest_of, digest_of_images, versions
+from diffcam_export.exact import exactness
 from diffcam_export.explainer import OnnxExplainer
 from diffcam_export.session import CPU, first_line
 from diffcam_fast.contrast import Contrast
@@ -140,26 +140,14 @@ class Candidate:
         return Fastest(file, f"onnxruntime takes {told}", kept.path)
 
     def _as_near(self, images: Tensor, made: Explanation, expected: Explanation) -> bool:
-        """Whether the file is as near to float64 as PyTorch's float32 is.
-
-        Where a ReLU or a maximum is nearly undecided, float32 decides it by the order of its sums,
-        and gradients at earlier layers differ by it.
-        """
+        """Whether the file is as near to float64 as PyTorch's float32 is."""
         same = torch.equal(made.targets, expected.targets)
         if made.maps.shape != expected.maps.shape or not same:
             return False
-        setup = self.explainer.setup
-        exact = Explainer(
-            copy.deepcopy(setup.model).double(),
-            layer=setup.layers[0],
-            method=setup.method,
-            contrast=setup.contrast,
-            relu=setup.relu,
-            example_inputs=images,
+        found = exactness(
+            self.explainer, images, expected.targets, made=made.maps, expected=expected.maps
         )
-        maps = exact(images, expected.targets).maps
-        ours, theirs = (_relative(e.maps, maps) for e in (made, expected))
-        return ours <= 2 * theirs + _ROUNDING
+        return found.as_near(_ROUNDING)
 
     def quantised(self, calibration: Tensor, floats: Fastest, cache: Cache) -> Fastest:
         """The same in int8, and how near it is.
