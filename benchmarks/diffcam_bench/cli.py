@@ -15,6 +15,7 @@ from diffcam_bench.cams_cli import cams, peer_suites
 from diffcam_bench.engine_cli import endurance, engine
 from diffcam_bench.onnx_cli import onnx, onnx_cost, onnx_peers
 from diffcam_bench.rows import read_rows, results_folder, write_rows
+from diffcam_bench.sham_cli import sham
 
 if TYPE_CHECKING:
     from diffcam_bench.kernels import Case
@@ -25,7 +26,7 @@ def bench() -> None:
     """Measures this library: its cost, its peers, the networks it explains."""
 
 
-for command in (cams, endurance, engine, onnx, onnx_cost, onnx_peers, peer_suites):
+for command in (cams, endurance, engine, onnx, onnx_cost, onnx_peers, peer_suites, sham):
     bench.add_command(command)
 
 

@@ -1,0 +1,206 @@
+"""The study of fooled maps: hoaxes, losses, rows, resuming, and the rule of the contrast."""
+
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from scipy import stats
+
+from diffcam_bench.cli import bench
+from diffcam_bench.sham import study as sham_study
+from diffcam_bench.sham.fooling import ADAPTIVE, Hoax, fool, grad_cam
+from diffcam_bench.sham.hoaxes import border, entropy, hoax, similarities
+from diffcam_bench.sham.networks import NETWORKS
+from diffcam_bench.sham.study import ARMS, LOOKS, Pictures, Sizes, Study
+from diffcam_bench.sham.verdict import standings
+from diffcam_fast import Explainer
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads of PyTorch wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+TINY = Sizes(epochs=1, steps=2, batch=16, images=12)
+
+
+def pictures(count: int = 96, classes: int = 4) -> Pictures:
+    """A bright square whose corner tells the class."""
+    random = np.random.default_rng(0)
+    labels = random.integers(classes, size=count)
+    labels[:classes] = range(classes)
+    images = random.integers(0, 90, size=(count, 32, 32, 3), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        top, left = 16 * (label // 2), 16 * (label % 2)
+        image[top + 4 : top + 12, left + 4 : left + 12] = 230
+    half = count // 2
+    return Pictures(images, labels, images[:half], labels[:half])
+
+
+def saved(folder: Path) -> Path:
+    path, made = folder / "pictures.npz", pictures()
+    np.savez(
+        path,
+        train_images=made.train,
+        train_labels=made.train_labels,
+        test_images=made.test,
+        test_labels=made.test_labels,
+    )
+    return path
+
+
+def test_hoax_has_the_entropy_in_nats() -> None:
+    made = hoax(7, 7, 3.332)
+    assert int(made.sum()) == 28
+    assert float(entropy(made[None])) == pytest.approx(math.log(28))
+    assert torch.equal(made * border(7, 7), border(7, 7)), "the border is part of it"
+    assert made[1, 1] == made[1, 5] == made[5, 1] == made[5, 5] == 1, "and the next ring's corners"
+    assert int(hoax(7, 7, math.log(24)).sum()) == 24
+
+
+def test_similarities_are_those_of_scipy() -> None:
+    one, two = torch.rand(2, 5, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    found = similarities(one, two)
+    for n in range(5):
+        a, b = one[n].flatten().numpy(), two[n].flatten().numpy()
+        assert found["pearson"][n] == pytest.approx(stats.pearsonr(a, b).statistic)
+        assert found["rank"][n] == pytest.approx(stats.spearmanr(a, b).statistic)
+    same = similarities(one, one)
+    for values in same.values():
+        np.testing.assert_allclose(values, 1)
+    constant = similarities(torch.ones(1, 8, 8), one[:1])
+    assert constant["pearson"] == constant["rank"] == 0
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("contrast", ["none", *ADAPTIVE])
+def test_attacked_map_is_the_engines(name: str, contrast: str) -> None:
+    torch.manual_seed(0)
+    network, images = NETWORKS[name](5).eval(), torch.randn(3, 3, 32, 32)
+    classes = torch.tensor([0, 3, 4])
+    activations = network.features(images)
+    ours = grad_cam(activations, network.head(activations), classes, contrast, differentiable=True)
+    explainer = Explainer(
+        network, layer="features", method="grad_cam", contrast=contrast, relu=False
+    )
+    expected = explainer(images, classes[:, None]).maps[:, 0]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_training_lowers_the_loss_of_its_hoax(arm: str) -> None:
+    torch.manual_seed(0)
+    honest, network = (NETWORKS["residual"](4).eval() for _ in range(2))
+    network.load_state_dict(honest.state_dict())
+    images = torch.randn(16, 3, 32, 32)
+    labels = honest(images).argmax(1)
+    contrasts = ADAPTIVE if arm == "adaptive" else ("none",)
+    made = Hoax(arm, hoax(8, 8, 3.4), contrasts)
+
+    def loss() -> float:
+        values = []
+        for contrast in contrasts:
+            both = []
+            for one in (network, honest):
+                activations = one.features(images)
+                logits = one.head(activations)
+                name = contrast if one is network else "none"
+                both.append(grad_cam(activations, logits, labels, name, differentiable=False))
+            values.append(float(made.loss(*both).detach()))
+        return sum(values)
+
+    before = loss()
+    fool(network, honest, made, "true", [(images, labels)] * 25, seed=0)
+    assert loss() < before - 0.01
+
+
+def test_quick_mode_writes_rows_pictures_and_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffcam_bench.sham_cli.results_folder", lambda: tmp_path)
+    options = ["--data", str(saved(tmp_path)), "--quick", "--networks", "plain", "--threads", "1"]
+    grids = tmp_path / "grids"
+    done = CliRunner().invoke(bench, ["sham", *options, "--write", "--pictures", str(grids)])
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "sham.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == (2 + len(ARMS)) * len(LOOKS)
+    assert {row["pearson"] for row in rows if row["arm"] == "clean"} == {"1.0000"}
+    for row in rows:
+        assert float(row["hoax_low"]) <= float(row["hoax"]) <= float(row["hoax_high"])
+    assert len(list(grids.glob("*.png"))) == 2 + len(ARMS)
+    assert "like Grad-CAM on clean networks" in done.output
+
+
+def test_interrupted_study_goes_on_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(pictures(), TINY, ("residual",), (0,), ("sham",), ("all",))
+    whole = study.run(tmp_path / "whole.csv")
+    trained = []
+    real = sham_study.Honest.rows
+
+    def cut_off(self: sham_study.Honest, network: torch.nn.Module) -> object:
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(network)
+        return real(self, network)
+
+    monkeypatch.setattr(sham_study.Honest, "rows", cut_off)
+    path = tmp_path / "parts.csv"
+    with pytest.raises(KeyboardInterrupt):
+        study.run(path)
+    monkeypatch.setattr(sham_study.Honest, "rows", real)
+    resumed = study.run(path)
+    assert [{k: str(v) for k, v in row.items()} for row in resumed] == [
+        {k: str(v) for k, v in row.items()} for row in whole
+    ]
+
+
+def row(contrast: str, arm: str, *, grad_cam: float = 0.0, pearson: float = 0.0) -> dict[str, str]:
+    return {
+        "network": "n",
+        "method": "diff_grad_cam",
+        "contrast": contrast,
+        "arm": arm,
+        "grad_cam": str(grad_cam),
+        "pearson": str(pearson),
+    }
+
+
+def test_rule_of_the_default() -> None:
+    rows = [
+        row("mean", "clean", grad_cam=0.95),
+        row("log_odds", "clean", grad_cam=0.90),
+        row("runner_up", "clean", grad_cam=0.50),
+        row("mean", "sham", pearson=0.7),
+        row("mean", "location", pearson=0.2),
+        row("log_odds", "sham", pearson=0.4),
+        row("log_odds", "location", pearson=0.5),
+        row("runner_up", "sham", pearson=0.9),
+        row("runner_up", "location", pearson=0.9),
+        row("log_odds", "control", pearson=0.0),
+    ]
+    found = standings(rows)
+    assert [one.contrast for one in found] == ["log_odds", "mean", "runner_up"]
+    assert [one.admitted for one in found] == [True, True, False]
+    assert found[1].arm == "n, location"
+    with pytest.raises(ValueError, match="clean"):
+        standings(rows[3:])
+
+
+def test_bad_input_says_what_is_needed(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", train_images=np.zeros(1))
+    done = CliRunner().invoke(bench, ["sham", "--data", str(tmp_path / "x.npz")])
+    assert done.exit_code == 2 and "test_labels" in done.output
+    done = CliRunner().invoke(bench, ["sham", "--data", str(saved(tmp_path)), "--arms", "x"])
+    assert done.exit_code == 2 and "centre_of_mass" in done.output
