@@ -94,8 +94,8 @@ class Sizes:
         images: test pictures whose maps are compared.
     """
 
-    epochs: int = 12
-    steps: int = 150
+    epochs: int = 8
+    steps: int = 250
     batch: int = 64
     images: int = 512
 
