@@ -215,7 +215,8 @@ def coherency_of(heatmaps: Tensor, again: Tensor) -> Tensor:
     norm = a.norm(dim=1) * b.norm(dim=1)
     constant = constant_maps(heatmaps) | constant_maps(again)
     pearson = ((a * b).sum(dim=1) / norm).clamp(-1, 1)
-    return ((pearson + 1) / 2).masked_fill(constant, 0).to(heatmaps.dtype)
+    result: Tensor = ((pearson + 1) / 2).masked_fill(constant, 0).to(heatmaps.dtype)
+    return result
 
 
 def constant_maps(heatmaps: Tensor) -> Tensor:
