@@ -65,8 +65,8 @@ def standard(images: int, stamps: int) -> Plan:
     """The plan of so many photographs and stamps."""
     counts = {
         "masked": images,
-        "curves": -(-images // 4),
-        "road": -(-images // 10),
+        "curves": -(-images // 5),
+        "road": -(-images // 16),
         "randomised": -(-images // 10),
         "stamps": stamps,
     }
@@ -111,7 +111,7 @@ class Study:
             kind: _predicted(model, data.images) for kind, data in self._data.items() if data
         }
         self._source = provenance("diffcam-fast", "onnxruntime", "scipy", threads=threads)
-        self._makers: dict[Entry, Callable[[Tensor, Tensor], Tensor]] = {}
+        self._makers: dict[tuple[Entry, str], Callable[[Tensor, Tensor], Tensor]] = {}
         self._made: dict[tuple[Entry, str], Tensor] = {}
         self._values: dict[tuple[Entry, str], Values] = {}
 
@@ -164,7 +164,7 @@ class Study:
         ]
 
     def _photographs(self, group: str) -> Photographs:
-        found = self._data["stamps" if group == "stamps" else "photographs"]
+        found = self._data[_kind(group)]
         assert found is not None
         return found
 
@@ -211,38 +211,47 @@ class Study:
     def _measured(self, entry: Entry, group: str) -> Values:
         if (entry, group) not in self._values:
             data, count = self._photographs(group), self._plan.count(group, entry)
-            kind = "stamps" if group == "stamps" else "photographs"
             subject = Subject(
                 model=self._model,
                 score=self._score,
                 entry=entry,
-                make=self._maker(entry),
+                make=self._maker(entry, _kind(group)),
                 images=data.images[:count],
-                targets=self._targets[kind][:count],
+                targets=self._targets[_kind(group)][:count],
                 maps=self._maps(entry, group)[:count],
-                fit_on=self._fit_on(),
+                fit_on=self._fit_on(_kind(group)),
                 masks=None if data.masks is None else data.masks[:count],
             )
             self._values[entry, group] = measured(group, subject, self._plan.variant)
         return self._values[entry, group]
 
     def _maps(self, entry: Entry, group: str) -> Tensor:
-        kind = "stamps" if group == "stamps" else "photographs"
+        kind = _kind(group)
         if (entry, kind) not in self._made:
             images, targets = self._photographs(group).images, self._targets[kind]
             count = self._plan.slow if entry.slow else len(images)
-            self._made[entry, kind] = self._maker(entry)(images[:count], targets[:count])
+            make = self._maker(entry, kind)
+            self._made[entry, kind] = make(images[:count], targets[:count])
         return self._made[entry, kind]
 
-    def _maker(self, entry: Entry) -> Callable[[Tensor, Tensor], Tensor]:
-        if entry not in self._makers:
-            example = self._photographs("masked").images
-            self._makers[entry] = small_maps(entry, self._model, self._fit_on(), example)
-        return self._makers[entry]
+    def _maker(self, entry: Entry, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+        if (entry, kind) not in self._makers:
+            fit_on = self._fit_on(kind)
+            made = small_maps(entry, self._model, fit_on, self._photographs("masked").images)
+            kinds = (kind,) if entry.fitted else self._targets
+            self._makers.update({(entry, kind): made for kind in kinds})
+        return self._makers[entry, kind]
 
-    def _fit_on(self) -> tuple[Tensor, Tensor]:
-        """The photographs themselves, with what the network says of them as labels."""
-        return self._photographs("masked").images, self._targets["photographs"]
+    def _fit_on(self, kind: str) -> tuple[Tensor, Tensor]:
+        """The explained images themselves, with what the network says of them as labels."""
+        data = self._data[kind]
+        assert data is not None
+        return data.images, self._targets[kind]
+
+
+def _kind(group: str) -> str:
+    """The images that a group of metrics looks at."""
+    return "stamps" if group == "stamps" else "photographs"
 
 
 def key_of(row: Row) -> tuple[str, ...]:

@@ -45,6 +45,11 @@ class Entry:
         return self.method in SLOW
 
     @property
+    def fitted(self) -> bool:
+        """It learns from labelled images first."""
+        return not self.control and METHODS[self.method].needs_fit
+
+    @property
     def control(self) -> bool:
         """It does not look at the network."""
         return self.method in CONTROLS
@@ -87,7 +92,7 @@ def small_maps(
     explainer = Explainer(
         model, method=entry.method, contrast=entry.contrast, example_inputs=example[:1]
     )
-    if METHODS[entry.method].needs_fit:
+    if entry.fitted:
         images, labels = fit_on
         starts = range(0, len(images), _BATCH)
         explainer.fit([(images[i : i + _BATCH], labels[i : i + _BATCH]) for i in starts])
