@@ -21,15 +21,14 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--data", type=_FOLDER, multiple=True, help="Photographs; may be repeated. Default: cut-outs."
 )
 @click.option("--stamps", type=_FOLDER, default=None, help="PNG cut-outs, for the pointing games.")
-@click.option("--images", type=click.IntRange(min=2), default=None, help="Default: 200; quick: 8.")
+@click.option("--images", type=click.IntRange(min=2), default=None, help="Default: 200; quick: 6.")
 @click.option("--stamp-images", type=click.IntRange(min=2), default=None, help="As of --images.")
 @click.option("--threads", type=click.IntRange(min=1), default=None, help="Default: all.")
 @click.option(
     "--runtime",
     type=click.Choice(["onnxruntime", "torch"]),
-    default="onnxruntime",
-    show_default=True,
-    help="Of passes that need no maps.",
+    default=None,
+    help="Of passes that need no maps; default: onnxruntime, and for --quick torch.",
 )
 @click.option("--quick", is_flag=True, help="Under a minute; the figures mean little.")
 @click.option("--fresh", is_flag=True, help="Measure again what is there.")
@@ -37,6 +36,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--out", type=_FILE, default=None, help="Keep the rows, and resume from, this file.")
 @click.option("--picture", type=_FILE, default=None, help="Draw the rows as this PNG.")
 @click.option("--write", is_flag=True, help="--out benchmarks/results/fidelity.csv.")
+@click.option(
+    "--show", is_flag=True, help="Measure nothing: the committed rows, as Markdown and --picture."
+)
 def fidelity(
     model: str | None,
     weights: Path | None,
@@ -46,13 +48,14 @@ def fidelity(
     images: int | None,
     stamp_images: int | None,
     threads: int | None,
-    runtime: str,
+    runtime: str | None,
     quick: bool,
     fresh: bool,
     as_json: bool,
     out: Path | None,
     picture: Path | None,
     write: bool,
+    show: bool,
 ) -> None:
     """How faithful the maps of each method are: drop, coherency, ADCC, insertion, deletion, ROAD,
     pointing games, and whether they change with the weights.
@@ -65,10 +68,18 @@ def fidelity(
     from diffcam_bench.fidelity_data import photographs, stamped
     from diffcam_bench.fidelity_entries import SLOW, entries
     from diffcam_bench.fidelity_report import picture as draw
-    from diffcam_bench.fidelity_report import table
+    from diffcam_bench.fidelity_report import markdown, table
     from diffcam_bench.fidelity_scorer import scorer
     from diffcam_fast.models.loading import load_model
 
+    if show:
+        kept: list[Row] = [*read_rows(results_folder() / "fidelity.csv")]
+        for name in dict.fromkeys(str(row["model"]) for row in kept):
+            for randomised in (False, True):
+                click.echo(f"{name}\n\n{markdown(kept, name, randomised=randomised)}\n")
+            if picture is not None:
+                draw(kept, name, picture)
+        return
     if write and out is not None:
         raise click.UsageError("give --write or --out, not both")
     path = results_folder() / "fidelity.csv" if write else out
@@ -82,7 +93,8 @@ def fidelity(
     if quick and methods is None:
         chosen = [entry for entry in chosen if not entry.slow]
         click.echo(f"left out of --quick: {', '.join(SLOW)}, of a thousand passes", err=True)
-    images = images or (8 if quick else 200)
+    images = images or (6 if quick else 200)
+    runtime = runtime or ("torch" if quick else "onnxruntime")
     pointed = stamped(stamps, stamp_images or images, loaded.preprocess) if stamps else None
     plan = (study.quick if quick else study.standard)(
         images, 0 if pointed is None else len(pointed.images)

@@ -128,10 +128,10 @@ def stamped(folder: Path, count: int, preprocess: Preprocess, *, seed: int = 0) 
 
 def _cut(path: Path) -> Image.Image | None:
     """A stamp in its bounding box; None where nothing is cut out."""
-    opened = Image.open(path)
-    if opened.mode not in ("RGBA", "LA", "P"):
-        return None
-    picture = opened.convert("RGBA")
+    with Image.open(path) as opened:
+        if opened.mode not in ("RGBA", "LA", "P"):
+            return None
+        picture = opened.convert("RGBA")
     alpha = picture.getchannel("A")
     box = alpha.point(lambda value: 255 * (value > 127)).getbbox()
     if box is None or min(picture.size) < 64 or np.asarray(alpha).min() > 127:
