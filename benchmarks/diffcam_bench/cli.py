@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from diffcam_bench.cams_cli import cams, peer_suites
 from diffcam_bench.engine_cli import endurance, engine
+from diffcam_bench.fidelity_cli import fidelity, photographs
 from diffcam_bench.onnx_cli import onnx, onnx_cost, onnx_peers
 from diffcam_bench.rows import read_rows, results_folder, write_rows
 from diffcam_bench.sham_cli import sham
@@ -26,7 +27,18 @@ def bench() -> None:
     """Measures this library: its cost, its peers, the networks it explains."""
 
 
-for command in (cams, endurance, engine, onnx, onnx_cost, onnx_peers, peer_suites, sham):
+for command in (
+    cams,
+    endurance,
+    engine,
+    fidelity,
+    onnx,
+    onnx_cost,
+    onnx_peers,
+    peer_suites,
+    photographs,
+    sham,
+):
     bench.add_command(command)
 
 
