@@ -23,10 +23,10 @@ from diffcam_bench import fidelity as study
 from diffcam_bench import fidelity_cli, fidelity_scorer
 from diffcam_bench.cli import bench
 from diffcam_bench.fidelity_data import Photographs, _chosen, stamped, unpack
-from diffcam_bench.fidelity_entries import BASELINE, CONTROLS, SLOW, Entry, entries
+from diffcam_bench.fidelity_entries import BASELINE, CONTROLS, Entry, entries
 from diffcam_bench.fidelity_metrics import BETTER, GROUPS, Variant, statistic
-from diffcam_bench.fidelity_report import markdown, verdict
-from diffcam_bench.rows import Row, read_rows, results_folder
+from diffcam_bench.fidelity_report import verdict
+from diffcam_bench.rows import Row, read_rows
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.methods import METHODS
 from diffcam_fast.models import loading
@@ -380,31 +380,6 @@ def test_quick_on_the_default_network(tmp_path: Path, stamp_folder: Path) -> Non
     assert rows["grad_cam", "road"] > rows["random", "road"]
     assert rows["grad_cam", "energy"] > rows["random", "energy"]
     assert rows["grad_cam", "randomised_head"] < 0.95 < rows["eigen_cam", "randomised_head"]
-
-
-def committed() -> list[dict[str, str]]:
-    return read_rows(results_folder() / "fidelity.csv")
-
-
-def test_committed_rows_cover_every_method() -> None:
-    rows = committed()
-    [model] = {row["model"] for row in rows}
-    for name in (*METHODS, *CONTROLS):
-        metrics = {row["metric"] for row in rows if row["method"] == name}
-        wanted = {m for group, all_of in GROUPS.items() for m in all_of if group in _groups(name)}
-        assert wanted <= metrics, name
-    assert all(row["commit"] and not row["commit"].endswith("+") for row in rows), model
-
-
-def _groups(method: str) -> set[str]:
-    left_out = {"randomised", "stamps"} if method in SLOW else set()
-    return {*GROUPS} - left_out - ({"randomised"} if method in CONTROLS else set())
-
-
-@pytest.mark.parametrize("randomised", [False, True])
-def test_the_tables_of_the_documentation_are_those_of_the_rows(randomised: bool) -> None:
-    text = (ROOT / "docs/fidelity.md").read_text(encoding="utf-8")
-    assert markdown(committed(), "efficientnet-lite0", randomised=randomised) in text
 
 
 def test_entries_put_grad_cam_first_and_slow_methods_last() -> None:

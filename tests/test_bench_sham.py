@@ -12,11 +12,13 @@ from click.testing import CliRunner
 from scipy import stats
 
 from diffcam_bench.cli import bench
+from diffcam_bench.rows import read_rows
 from diffcam_bench.sham import study as sham_study
 from diffcam_bench.sham.fooling import ADAPTIVE, Hoax, fool, grad_cam
 from diffcam_bench.sham.hoaxes import border, entropy, hoax, similarities
 from diffcam_bench.sham.networks import NETWORKS
 from diffcam_bench.sham.study import ARMS, LOOKS, Pictures, Sizes, Study
+from diffcam_bench.sham.table import markdown
 from diffcam_bench.sham.verdict import standings
 from diffcam_fast import Explainer
 
@@ -30,6 +32,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = Sizes(epochs=1, steps=2, batch=16, images=12)
 
 
@@ -196,6 +199,13 @@ def test_rule_of_the_default() -> None:
     assert found[1].arm == "n, location"
     with pytest.raises(ValueError, match="clean"):
         standings(rows[3:])
+
+
+def test_document_has_the_committed_rows() -> None:
+    text = (ROOT / "docs/robustness.md").read_text(encoding="utf-8")
+    begin = "<!-- sham: begin, from benchmarks/results/sham.csv -->\n"
+    block = text.partition(begin)[2].partition("<!-- sham: end -->")[0]
+    assert block.strip() == markdown(read_rows(ROOT / "benchmarks/results/sham.csv"))
 
 
 def test_bad_input_says_what_is_needed(tmp_path: Path) -> None:

@@ -66,7 +66,16 @@ def blocks_of(document: str) -> list[Block]:
 README = blocks_of("README.md")
 DOCUMENTS = [("README", block) for block in README] + [
     (name, block)
-    for name in ("deploy", "fidelity", "methods", "migrate", "scale", "serve", "throughput")
+    for name in (
+        "deploy",
+        "fidelity",
+        "methods",
+        "migrate",
+        "robustness",
+        "scale",
+        "serve",
+        "throughput",
+    )
     for block in blocks_of(f"docs/{name}.md")
 ]
 

@@ -67,8 +67,8 @@ def fidelity(
     from diffcam_bench import fidelity as study
     from diffcam_bench.fidelity_data import photographs, stamped
     from diffcam_bench.fidelity_entries import SLOW, entries
-    from diffcam_bench.fidelity_report import picture as draw
     from diffcam_bench.fidelity_report import markdown, table
+    from diffcam_bench.fidelity_report import picture as draw
     from diffcam_bench.fidelity_scorer import scorer
     from diffcam_fast.models.loading import load_model
 
