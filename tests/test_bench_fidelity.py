@@ -24,7 +24,8 @@ from diffcam_bench import fidelity_cli, fidelity_scorer
 from diffcam_bench.cli import bench
 from diffcam_bench.fidelity_data import Photographs, _chosen, stamped, unpack
 from diffcam_bench.fidelity_entries import BASELINE, CONTROLS, SLOW, Entry, entries
-from diffcam_bench.fidelity_metrics import BETTER, GROUPS, Variant, statistic
+from diffcam_bench.fidelity_metrics import BETTER, GROUPS, Subject, Values, Variant, statistic
+from diffcam_bench.fidelity_plan import Plan
 from diffcam_bench.fidelity_report import markdown, verdict
 from diffcam_bench.rows import Row, read_rows, results_folder
 from diffcam_fast.images.preprocess import Preprocess
@@ -74,7 +75,7 @@ def stamp_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-PLAN = study.Plan(
+PLAN = Plan(
     {"masked": 6, "curves": 3, "road": 2, "randomised": 2, "stamps": 3},
     slow=1,
     variant=Variant(step=128, percentiles=(30, 60)),
@@ -83,7 +84,7 @@ PLAN = study.Plan(
 
 
 def new_study(
-    pictures: Photographs, folder: Path, plan: study.Plan = PLAN, model: nn.Module | None = None
+    pictures: Photographs, folder: Path, plan: Plan = PLAN, model: nn.Module | None = None
 ) -> study.Study:
     return study.Study(
         model or tiny(), name="tiny", photographs=pictures,
@@ -170,7 +171,7 @@ def test_an_interrupted_study_measures_the_rest_alone(
     kept = [{key: str(value) for key, value in row.items()} for row in kept]
     measured: list[tuple[str, str, str]] = []
 
-    def watched(group: str, subject: study.Subject, variant: Variant) -> study.Values:
+    def watched(group: str, subject: Subject, variant: Variant) -> Values:
         measured.append((subject.entry.method, subject.entry.contrast, group))
         return original(group, subject, variant)
 
@@ -369,7 +370,7 @@ def test_quick_on_the_default_network(tmp_path: Path, stamp_folder: Path) -> Non
     out = tmp_path / "rows.csv"
     done = CliRunner().invoke(
         bench,
-        ["fidelity", "--quick", "--stamps", str(stamp_folder), "--out", str(out),
+        ["fidelity", "--quick", "--threads", "1", "--stamps", str(stamp_folder), "--out", str(out),
          "--methods", "grad_cam,eigen_cam,random"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
