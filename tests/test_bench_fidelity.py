@@ -23,10 +23,11 @@ from diffcam_bench import fidelity as study
 from diffcam_bench import fidelity_cli, fidelity_scorer
 from diffcam_bench.cli import bench
 from diffcam_bench.fidelity_data import Photographs, _chosen, stamped, unpack
-from diffcam_bench.fidelity_entries import BASELINE, CONTROLS, Entry, entries
-from diffcam_bench.fidelity_metrics import BETTER, GROUPS, Variant, statistic
-from diffcam_bench.fidelity_report import verdict
-from diffcam_bench.rows import Row, read_rows
+from diffcam_bench.fidelity_entries import BASELINE, CONTROLS, SLOW, Entry, entries
+from diffcam_bench.fidelity_metrics import BETTER, GROUPS, Subject, Values, Variant, statistic
+from diffcam_bench.fidelity_plan import Plan
+from diffcam_bench.fidelity_report import markdown, verdict
+from diffcam_bench.rows import Row, read_rows, results_folder
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.methods import METHODS
 from diffcam_fast.models import loading
@@ -74,7 +75,7 @@ def stamp_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-PLAN = study.Plan(
+PLAN = Plan(
     {"masked": 6, "curves": 3, "road": 2, "randomised": 2, "stamps": 3},
     slow=1,
     variant=Variant(step=128, percentiles=(30, 60)),
@@ -83,7 +84,7 @@ PLAN = study.Plan(
 
 
 def new_study(
-    pictures: Photographs, folder: Path, plan: study.Plan = PLAN, model: nn.Module | None = None
+    pictures: Photographs, folder: Path, plan: Plan = PLAN, model: nn.Module | None = None
 ) -> study.Study:
     return study.Study(
         model or tiny(), name="tiny", photographs=pictures,
@@ -170,7 +171,7 @@ def test_an_interrupted_study_measures_the_rest_alone(
     kept = [{key: str(value) for key, value in row.items()} for row in kept]
     measured: list[tuple[str, str, str]] = []
 
-    def watched(group: str, subject: study.Subject, variant: Variant) -> study.Values:
+    def watched(group: str, subject: Subject, variant: Variant) -> Values:
         measured.append((subject.entry.method, subject.entry.contrast, group))
         return original(group, subject, variant)
 
@@ -369,7 +370,7 @@ def test_quick_on_the_default_network(tmp_path: Path, stamp_folder: Path) -> Non
     out = tmp_path / "rows.csv"
     done = CliRunner().invoke(
         bench,
-        ["fidelity", "--quick", "--stamps", str(stamp_folder), "--out", str(out),
+        ["fidelity", "--quick", "--threads", "1", "--stamps", str(stamp_folder), "--out", str(out),
          "--methods", "grad_cam,eigen_cam,random"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -380,6 +381,31 @@ def test_quick_on_the_default_network(tmp_path: Path, stamp_folder: Path) -> Non
     assert rows["grad_cam", "road"] > rows["random", "road"]
     assert rows["grad_cam", "energy"] > rows["random", "energy"]
     assert rows["grad_cam", "randomised_head"] < 0.95 < rows["eigen_cam", "randomised_head"]
+
+
+def committed() -> list[dict[str, str]]:
+    return read_rows(results_folder() / "fidelity.csv")
+
+
+def test_committed_rows_cover_every_method() -> None:
+    rows = committed()
+    [model] = {row["model"] for row in rows}
+    for name in (*METHODS, *CONTROLS):
+        metrics = {row["metric"] for row in rows if row["method"] == name}
+        wanted = {m for group, all_of in GROUPS.items() for m in all_of if group in _groups(name)}
+        assert wanted <= metrics, name
+    assert all(row["commit"] and not row["commit"].endswith("+") for row in rows), model
+
+
+def _groups(method: str) -> set[str]:
+    left_out = {"randomised", "stamps"} if method in SLOW else set()
+    return {*GROUPS} - left_out - ({"randomised"} if method in CONTROLS else set())
+
+
+@pytest.mark.parametrize("randomised", [False, True])
+def test_the_tables_of_the_documentation_are_those_of_the_rows(randomised: bool) -> None:
+    text = (ROOT / "docs/fidelity.md").read_text(encoding="utf-8")
+    assert markdown(committed(), "efficientnet-lite0", randomised=randomised) in text
 
 
 def test_entries_put_grad_cam_first_and_slow_methods_last() -> None:

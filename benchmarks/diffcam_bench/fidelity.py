@@ -6,7 +6,6 @@ on every image are measured once; the row says whose figures it repeats.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from diffcam_bench.fidelity_data import Photographs, weights_digest
 from diffcam_bench.fidelity_entries import BASELINE, Entry, small_maps
-from diffcam_bench.fidelity_metrics import GROUPS, Subject, Values, Variant, measured, statistic
+from diffcam_bench.fidelity_metrics import GROUPS, Subject, Values, measured, statistic
+from diffcam_bench.fidelity_plan import SLOW_GROUPS, Plan
 from diffcam_bench.fidelity_scorer import Score
 from diffcam_bench.rows import Row, provenance
 from diffcam_fast.running import pick_logits
@@ -33,50 +33,6 @@ KEY = (
     "runtime",
 )
 _SAME = 1e-5
-
-# The others ask a slow method for more maps than there is time for.
-_SLOW_GROUPS = ("masked", "curves", "road")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many images each group of metrics looks at; methods that are slow look at `slow` at most.
-
-    Attributes:
-        counts: images, by group of metrics; 0 leaves it out.
-        slow: images of slow methods, which are left out of `randomised` and `stamps`.
-        variant: what is pinned of the metrics.
-        resamples: bootstrap samples of the images behind an interval.
-    """
-
-    counts: dict[str, int]
-    slow: int
-    variant: Variant = field(default_factory=Variant)
-    resamples: int = 2000
-
-    def count(self, group: str, entry: Entry) -> int:
-        """Images of a group for an entry."""
-        if not entry.slow:
-            return self.counts[group]
-        return min(self.counts[group], self.slow) if group in _SLOW_GROUPS else 0
-
-
-def standard(images: int, stamps: int) -> Plan:
-    """The plan of so many photographs and stamps."""
-    counts = {
-        "masked": images,
-        "curves": -(-images // 5),
-        "road": -(-images // 16),
-        "randomised": -(-images // 10),
-        "stamps": stamps,
-    }
-    return Plan(counts, slow=4)
-
-
-def quick(images: int, stamps: int) -> Plan:
-    """One that ends within a minute, and whose figures mean little."""
-    counts = {"masked": images, "curves": 2, "road": 1, "randomised": 2, "stamps": stamps}
-    return Plan(counts, slow=1, variant=Variant(step=7168, percentiles=(50,)), resamples=200)
 
 
 class Study:
@@ -150,7 +106,7 @@ class Study:
             f"{entry.name}, {group}: a pass for each channel of each image"
             for entry in chosen
             for group in GROUPS
-            if entry.slow and group not in _SLOW_GROUPS
+            if entry.slow and group not in SLOW_GROUPS
         ]
         return reasons
 

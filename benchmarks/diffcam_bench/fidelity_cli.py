@@ -67,6 +67,8 @@ def fidelity(
     from diffcam_bench import fidelity as study
     from diffcam_bench.fidelity_data import photographs, stamped
     from diffcam_bench.fidelity_entries import SLOW, entries
+    from diffcam_bench.fidelity_plan import quick as quick_plan
+    from diffcam_bench.fidelity_plan import standard as standard_plan
     from diffcam_bench.fidelity_report import markdown, table
     from diffcam_bench.fidelity_report import picture as draw
     from diffcam_bench.fidelity_scorer import scorer
@@ -96,7 +98,7 @@ def fidelity(
     images = images or (6 if quick else 200)
     runtime = runtime or ("torch" if quick else "onnxruntime")
     pointed = stamped(stamps, stamp_images or images, loaded.preprocess) if stamps else None
-    plan = (study.quick if quick else study.standard)(
+    plan = (quick_plan if quick else standard_plan)(
         images, 0 if pointed is None else len(pointed.images)
     )
     seen = photographs(data, images, loaded.preprocess)

@@ -6,16 +6,9 @@ becomes 0, the mean colour. Heatmaps (N, H, W) are in [0, 1]; where one holds Na
 result.
 """
 
+from diffcam_fast.metrics.coherent import adcc, coherency, complexity
 from diffcam_fast.metrics.curves import blurred, deletion, insertion, perturbation_curve
-from diffcam_fast.metrics.masked import (
-    Masked,
-    adcc,
-    average_drop,
-    coherency,
-    complexity,
-    increase_in_confidence,
-    masked,
-)
+from diffcam_fast.metrics.masked import Masked, average_drop, increase_in_confidence, masked
 from diffcam_fast.metrics.passes import confidence, explain_with
 from diffcam_fast.metrics.pointing import box_masks, energy_pointing, pointing_game
 from diffcam_fast.metrics.road import impute, road

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffcam_fast.metrics.masked import constant_maps
+from diffcam_fast.metrics.coherent import constant_maps
 from diffcam_fast.metrics.passes import check_heatmaps
 
 
