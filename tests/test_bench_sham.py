@@ -1,8 +1,9 @@
 """The study of fooled maps: hoaxes, losses, rows, resuming, and the rule of the contrast."""
 
-import csv
+import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from scipy import stats
 
 from diffcam_bench.cli import bench
 from diffcam_bench.rows import read_rows
-from diffcam_bench.sham import study as sham_study
-from diffcam_bench.sham.fooling import ADAPTIVE, Hoax, fool, grad_cam
+from diffcam_bench.sham import honest as sham_honest
+from diffcam_bench.sham.fooling import ADAPTIVE, WEIGHTS, Hoax, fool, grad_cam
 from diffcam_bench.sham.hoaxes import border, entropy, hoax, similarities
+from diffcam_bench.sham.honest import LOOKS
 from diffcam_bench.sham.networks import NETWORKS
-from diffcam_bench.sham.study import ARMS, LOOKS, Pictures, Sizes, Study
+from diffcam_bench.sham.pictures import Pictures, Sizes
+from diffcam_bench.sham.study import ARMS, Study
 from diffcam_bench.sham.table import markdown
 from diffcam_bench.sham.verdict import standings
 from diffcam_fast import Explainer
@@ -122,26 +125,34 @@ def test_training_lowers_the_loss_of_its_hoax(arm: str) -> None:
         return sum(values)
 
     before = loss()
-    fool(network, honest, made, "true", [(images, labels)] * 25, seed=0)
+    fool(network, honest, made, "true", [(images, labels)] * 25, weight=20, seed=0)
     assert loss() < before - 0.01
 
 
-def test_quick_mode_writes_rows_pictures_and_a_verdict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("diffcam_bench.sham_cli.results_folder", lambda: tmp_path)
+def test_quick_mode_gives_rows_and_pictures(tmp_path: Path) -> None:
     options = ["--data", str(saved(tmp_path)), "--quick", "--networks", "plain", "--threads", "1"]
     grids = tmp_path / "grids"
-    done = CliRunner().invoke(bench, ["sham", *options, "--write", "--pictures", str(grids)])
+    done = CliRunner().invoke(bench, ["sham", *options, "--json", "--pictures", str(grids)])
     assert done.exit_code == 0, done.output
-    with (tmp_path / "sham.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = json.loads(done.stdout)
     assert len(rows) == (2 + len(ARMS)) * len(LOOKS)
     assert {row["pearson"] for row in rows if row["arm"] == "clean"} == {"1.0000"}
     for row in rows:
         assert float(row["hoax_low"]) <= float(row["hoax"]) <= float(row["hoax_high"])
     assert len(list(grids.glob("*.png"))) == 2 + len(ARMS)
-    assert "like Grad-CAM on clean networks" in done.output
+    assert "| `adaptive` |" in markdown(rows) and "| `log_odds` |" in markdown(rows)
+
+
+def test_strongest_hoax_that_keeps_the_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sham_honest.Honest, "_kept", lambda self, network: kept.pop(0))
+    honest = sham_honest.Honest.train("plain", 0, pictures(), TINY)
+    kept = [0.5, 0.89, 0.9, 1.0]
+    assert honest.fooled("location", "predicted")[1] == WEIGHTS[2]
+    kept = [0.0] * len(WEIGHTS)
+    assert honest.fooled("location", "predicted")[1] == WEIGHTS[-1]
+    kept = [0.0]
+    network, weight = honest.fooled("control", "")
+    assert weight == 0 and network is not honest.network
 
 
 def test_interrupted_study_goes_on_and_ends_the_same(
@@ -150,23 +161,33 @@ def test_interrupted_study_goes_on_and_ends_the_same(
     study = Study(pictures(), TINY, ("residual",), (0,), ("sham",), ("all",))
     whole = study.run(tmp_path / "whole.csv")
     trained = []
-    real = sham_study.Honest.rows
+    real = sham_honest.Honest.rows
 
-    def cut_off(self: sham_study.Honest, network: torch.nn.Module) -> object:
+    def cut_off(self: sham_honest.Honest, network: torch.nn.Module) -> object:
         if len(trained) == 2:
             raise KeyboardInterrupt
         trained.append(network)
         return real(self, network)
 
-    monkeypatch.setattr(sham_study.Honest, "rows", cut_off)
+    monkeypatch.setattr(sham_honest.Honest, "rows", cut_off)
     path = tmp_path / "parts.csv"
     with pytest.raises(KeyboardInterrupt):
         study.run(path)
-    monkeypatch.setattr(sham_study.Honest, "rows", real)
+    monkeypatch.setattr(sham_honest.Honest, "rows", real)
     resumed = study.run(path)
     assert [{k: str(v) for k, v in row.items()} for row in resumed] == [
         {k: str(v) for k, v in row.items()} for row in whole
     ]
+
+
+def test_rows_of_other_pictures_are_no_rows_of_these(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    study = Study(pictures(), TINY, ("residual",), (0,), ("sham",), ("all",))
+    first = study.run(path)
+    second = replace(study, pictures=pictures(count=80)).run(path)
+    assert {row["data"] for row in first}.isdisjoint(row["data"] for row in second)
+    assert len(read_rows(path)) == len(first) + len(second)
+    assert len(study.run(path)) == len(first)
 
 
 def row(contrast: str, arm: str, *, grad_cam: float = 0.0, pearson: float = 0.0) -> dict[str, str]:
@@ -214,3 +235,5 @@ def test_bad_input_says_what_is_needed(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "test_labels" in done.output
     done = CliRunner().invoke(bench, ["sham", "--data", str(saved(tmp_path)), "--arms", "x"])
     assert done.exit_code == 2 and "centre_of_mass" in done.output
+    done = CliRunner().invoke(bench, ["sham", "--quick", "--write"])
+    assert done.exit_code == 2 and "--quick" in done.output

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffcam_bench.fidelity_entries import BASELINE, CONTROLS, SLOW, Entry
 from diffcam_bench.fidelity_metrics import BETTER
 from diffcam_bench.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COLUMNS = {
     "average_drop": "drop ↓",
@@ -100,10 +104,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def picture(rows: Sequence[Row], model: str, path: Path) -> None:
     """Draws means and intervals, metric by metric, and writes a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     # Grad-CAM's maps under another name are one point.
     found = {
@@ -113,10 +114,9 @@ def picture(rows: Sequence[Row], model: str, path: Path) -> None:
     }
     panels = [m for m in _PANELS if any(m in metrics for metrics in found.values())]
     names = [*found]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.6 * len(panels) + 1.6, 0.3 * len(names) + 1.4), sharey=True,
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+    size = (2.6 * len(panels) + 1.6, 0.3 * len(names) + 1.4)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     titles = {**_COLUMNS, "randomised_all": "like random weights' ↓"}
     for axis, metric in zip(axes[0], panels, strict=True):
         _panel(axis, metric, found)
@@ -125,10 +125,9 @@ def picture(rows: Sequence[Row], model: str, path: Path) -> None:
     axes[0][0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def _panel(axis, metric: str, found: dict[str, dict[str, Row]]) -> None:  # type: ignore[no-untyped-def]
+def _panel(axis: "Axes", metric: str, found: dict[str, dict[str, Row]]) -> None:
     for place, (name, metrics) in enumerate(found.items()):
         if metric not in metrics:
             continue

@@ -3,11 +3,8 @@
 import json as json_module
 import os
 import sys
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING
 
 import click
@@ -16,7 +13,8 @@ from tqdm import tqdm
 from diffcam_bench.rows import Row, results_folder
 
 if TYPE_CHECKING:
-    from diffcam_bench.sham.study import Pictures, Study
+    from diffcam_bench.sham.pictures import Pictures
+    from diffcam_bench.sham.study import Study
 
 
 @click.command()
@@ -63,7 +61,12 @@ def sham(
     import torch
 
     from diffcam_bench.sham.networks import NETWORKS
-    from diffcam_bench.sham.study import ARMS, Sizes, Study
+    from diffcam_bench.sham.pictures import Sizes
+    from diffcam_bench.sham.study import ARMS, Study
+    from diffcam_bench.sham.table import markdown
+
+    if quick and write:
+        raise click.UsageError("rows of --quick mean nothing beside real ones; leave --write out")
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     study = Study(
@@ -80,8 +83,7 @@ def sham(
     if as_json:
         click.echo(json_module.dumps(rows, indent=2))
         return
-    _table(rows)
-    _verdict(rows)
+    click.echo(markdown(rows))
 
 
 def _run(study: "Study", path: Path | None, pictures: Path | None) -> list[Row]:
@@ -91,7 +93,7 @@ def _run(study: "Study", path: Path | None, pictures: Path | None) -> list[Row]:
 
 
 def _read(data: Path | None) -> "Pictures":
-    from diffcam_bench.sham.study import Pictures
+    from diffcam_bench.sham.pictures import Pictures
 
     try:
         return Pictures.read(data) if data is not None else Pictures.cifar10()
@@ -107,33 +109,3 @@ def _chosen(option: str, given: str | None, known: tuple[str, ...]) -> tuple[str
     if unknown:
         raise click.UsageError(f"{option} {','.join(unknown)}: there are {', '.join(known)}")
     return names
-
-
-def _table(rows: Iterable[Row]) -> None:
-    """Means over networks, seeds and attacked classes."""
-    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[str(row["arm"]), str(row["method"]), str(row["contrast"])].append(row)
-    names = ("decisions_kept", "pearson", "ssim", "rank", "iou20", "hoax", "entropy")
-    click.echo(f"{'arm':15} {'method':17} {'contrast':10}" + "".join(f"{n:>15}" for n in names))
-    for key, found in groups.items():
-        values = (mean(float(str(row[name])) for row in found) for name in names)
-        start = f"{key[0]:15} {key[1]:17} {key[2]:10}"
-        click.echo(start + "".join(f"{value:15.3f}" for value in values))
-
-
-def _verdict(rows: list[Row]) -> None:
-    from diffcam_bench.sham.verdict import standings
-
-    try:
-        found = standings(rows)
-    except ValueError as error:
-        click.echo(f"\nno verdict: {error}", err=True)
-        return
-    click.echo()
-    for one in found:
-        admitted = "" if one.admitted else "; too unlike Grad-CAM on clean networks"
-        click.echo(
-            f"{one.contrast:10} {one.agreement:.3f} like Grad-CAM on clean networks, "
-            f"{one.worst:.3f} like its honest map in its worst arm ({one.arm}){admitted}"
-        )

@@ -7,12 +7,13 @@ result.
 """
 
 from diffcam_fast.metrics.coherent import adcc, coherency, complexity
+from diffcam_fast.metrics.correlation import pearson, rank_correlation
 from diffcam_fast.metrics.curves import blurred, deletion, insertion, perturbation_curve
 from diffcam_fast.metrics.masked import Masked, average_drop, increase_in_confidence, masked
 from diffcam_fast.metrics.passes import confidence, explain_with
 from diffcam_fast.metrics.pointing import box_masks, energy_pointing, pointing_game
 from diffcam_fast.metrics.road import impute, road
-from diffcam_fast.metrics.sanity import cascade, rank_correlation
+from diffcam_fast.metrics.sanity import cascade
 
 __all__ = [
     "Masked",
@@ -31,6 +32,7 @@ __all__ = [
     "increase_in_confidence",
     "insertion",
     "masked",
+    "pearson",
     "perturbation_curve",
     "pointing_game",
     "rank_correlation",

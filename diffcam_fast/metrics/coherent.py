@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from diffcam_fast.metrics.correlation import constant_maps, pearson
 from diffcam_fast.metrics.passes import Explain, check, check_heatmaps
 
 
@@ -42,20 +43,9 @@ def coherency(explain: Explain, images: Tensor, heatmaps: Tensor, targets: Tenso
 
 def coherency_of(heatmaps: Tensor, again: Tensor) -> Tensor:
     """As `coherency`, of both heatmaps (N, H, W)."""
-    a, b = (maps.double().flatten(1) for maps in (heatmaps, again))
-    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
-    norm = a.norm(dim=1) * b.norm(dim=1)
     constant = constant_maps(heatmaps) | constant_maps(again)
-    pearson = ((a * b).sum(dim=1) / norm).clamp(-1, 1)
-    result: Tensor = ((pearson + 1) / 2).masked_fill(constant, 0).to(heatmaps.dtype)
-    return result
-
-
-def constant_maps(heatmaps: Tensor) -> Tensor:
-    """(N,) bool: all pixels are one value; of NaN False."""
-    flat = heatmaps.flatten(1)
-    constant: Tensor = flat.amin(dim=1) == flat.amax(dim=1)
-    return constant
+    coherent: Tensor = ((pearson(heatmaps, again) + 1) / 2).masked_fill(constant, 0)
+    return coherent.to(heatmaps.dtype)
 
 
 def complexity(heatmaps: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffcam_fast.metrics.coherent import constant_maps
+from diffcam_fast.metrics.correlation import constant_maps
 from diffcam_fast.metrics.passes import check_heatmaps, unknown
 
 

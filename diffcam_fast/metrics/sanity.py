@@ -5,10 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from diffcam_fast.metrics.coherent import constant_maps
-from diffcam_fast.metrics.passes import check_heatmaps
+from torch import nn
 
 
 def cascade(model: nn.Module, *, seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
@@ -46,45 +43,3 @@ def cascade(model: nn.Module, *, seed: int = 0) -> Iterator[tuple[str, nn.Module
             module.reset_parameters()
             state = torch.get_rng_state()
         yield name, fallen
-
-
-def rank_correlation(heatmaps: Tensor, others: Tensor) -> Tensor:
-    """Spearman's coefficient of two heatmaps; equal pixels share their mean rank.
-
-    Args:
-        heatmaps: (N, H, W) in [0, 1].
-        others: the same shape.
-
-    Returns:
-        (N,) float32 in [-1, 1]; 0 where a map is constant, NaN where one holds NaN.
-
-    Raises:
-        ValueError: what does not fit.
-
-    Example:
-        >>> a = torch.tensor([[[0.0, 0.2, 1.0]]])
-        >>> rank_correlation(a, a**2), rank_correlation(a, 1 - a)
-        (tensor([1.]), tensor([-1.]))
-    """
-    check_heatmaps(heatmaps)
-    check_heatmaps(others)
-    if heatmaps.shape != others.shape:
-        raise ValueError(f"heatmaps are {tuple(heatmaps.shape)} and {tuple(others.shape)}")
-    one, other = _ranks(heatmaps), _ranks(others)
-    one, other = (ranks - ranks.mean(dim=1, keepdim=True) for ranks in (one, other))
-    norm = one.norm(dim=1) * other.norm(dim=1)
-    constant = constant_maps(heatmaps) | constant_maps(others)
-    found: Tensor = ((one * other).sum(dim=1) / norm).clamp(-1, 1).masked_fill(constant, 0)
-    lost = (heatmaps.isnan() | others.isnan()).flatten(1).any(dim=1)
-    found = found.masked_fill(lost, torch.nan).float()
-    return found
-
-
-def _ranks(heatmaps: Tensor) -> Tensor:
-    """(N, P) float64, mean ranks from 0 on."""
-    rows = []
-    for row in heatmaps.flatten(1):
-        _, group, sizes = row.unique(return_inverse=True, return_counts=True)
-        last = sizes.cumsum(dim=0).double()
-        rows.append((last - (sizes + 1) / 2)[group])
-    return torch.stack(rows) if rows else heatmaps.flatten(1).double()

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from diffcam_bench.rows import optional
+from diffcam_fast.metrics import pearson, rank_correlation
+from diffcam_kernels import ops
 
 SIMILARITIES = ("pearson", "ssim", "rank", "iou20")
 
@@ -56,13 +58,6 @@ def entropy(maps: Tensor) -> Tensor:
     return nats
 
 
-def unit(maps: Tensor) -> Tensor:
-    """Maps (N, h, w) by their minima and maxima in [0, 1]; a constant one is 0."""
-    low = maps.amin((1, 2), keepdim=True)
-    span = maps.amax((1, 2), keepdim=True) - low
-    return torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1), 0)
-
-
 def similarities(maps: Tensor, others: Tensor) -> dict[str, np.ndarray]:
     """How alike maps (N, h, w) are, by each of `SIMILARITIES`, (N,).
 
@@ -70,24 +65,18 @@ def similarities(maps: Tensor, others: Tensor) -> dict[str, np.ndarray]:
     to [0, 1]; the intersection over union of their largest fifths, in [0, 1].
     """
     ssim = optional("skimage.metrics", distribution="scikit-image").structural_similarity
-    ranks = optional("scipy.stats", distribution="scipy").rankdata
-    one, two = (unit(m.double()).numpy() for m in (maps, others))
-    window = min(7, *one.shape[1:]) - (min(7, *one.shape[1:]) + 1) % 2
-    flat = [m.reshape(len(m), -1) for m in (one, two)]
-    ranked = [ranks(m, axis=1) for m in flat]
-    pairs = zip(one, two, strict=True)
+    height, width = maps.shape[1:]
+    one, two = (ops.heatmap(m[:, None].float(), height, width)[:, 0] for m in (maps, others))
+    # SSIM takes windows of odd sides.
+    window = min(7, height, width)
+    window -= 1 - window % 2
+    pairs = zip(one.numpy(), two.numpy(), strict=True)
     return {
-        "pearson": _correlation(*flat),
+        "pearson": pearson(one, two).numpy(),
         "ssim": np.array([ssim(a, b, data_range=1.0, win_size=window) for a, b in pairs]),
-        "rank": _correlation(*ranked),
-        "iou20": _overlap(*flat),
+        "rank": rank_correlation(one, two).numpy(),
+        "iou20": _overlap(one.flatten(1).numpy(), two.flatten(1).numpy()),
     }
-
-
-def _correlation(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    a, b = (m - m.mean(1, keepdims=True) for m in (one, two))
-    size = np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    return np.where(size > 0, (a * b).sum(1) / np.where(size > 0, size, 1), 0.0)
 
 
 def _overlap(one: np.ndarray, two: np.ndarray) -> np.ndarray:

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
-from diffcam_bench.sham.study import ARMS, CLEAN, CONTROL, LOOKS
+from diffcam_bench.sham.honest import CLEAN, CONTROL, LOOKS
+from diffcam_bench.sham.study import ARMS
 from diffcam_bench.sham.verdict import standings
 
 _SHOWN = LOOKS[:4]
@@ -21,15 +22,19 @@ def markdown(rows: Sequence[Row]) -> str:
         f"{_mean(clean, 'honest_accuracy'):.2f} of {first['images']} test pictures right; "
         f"{first['sizes']}. {first['machine']}, PyTorch {first['torch']}.",
         "",
-        "| arm | decisions kept | " + " | ".join(_name(look) for look in _SHOWN) + " |",
-        "| --- | --- |" + " --- |" * len(_SHOWN),
+        "| arm | weight of the hoax | decisions kept | "
+        + " | ".join(_name(look) for look in _SHOWN)
+        + " |",
+        "| --- | --- | --- |" + " --- |" * len(_SHOWN),
     ]
     for arm in (CLEAN, CONTROL, *ARMS):
         found = [row for row in rows if row["arm"] == arm]
         if found:
             cells = (_cell(row for row in found if _look(row) == look) for look in _SHOWN)
             kept = _mean(found, "decisions_kept")
-            lines.append(f"| `{arm}` | {kept:.2f} | " + " | ".join(cells) + " |")
+            weights = sorted({float(str(row["weight"])) for row in found})
+            span = " to ".join(f"{w:g}" for w in dict.fromkeys((weights[0], weights[-1])))
+            lines.append(f"| `{arm}` | {span} | {kept:.2f} | " + " | ".join(cells) + " |")
     lines += ["", "| contrast | like Grad-CAM when clean | worst arm | |"]
     lines.append("| --- | --- | --- | --- |")
     for number, one in enumerate(standings(rows)):

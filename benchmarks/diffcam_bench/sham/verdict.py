@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import mean
 
-from diffcam_bench.sham.study import CLEAN, CONTROL
+from diffcam_bench.sham.honest import CLEAN, CONTROL
 
 _SHARE = 0.9
 
