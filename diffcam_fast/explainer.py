@@ -1,8 +1,8 @@
 """The engine: images and targets in, maps out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from diffcam_fast.methods import FittedCAM, Method, get_method
 from diffcam_fast.network import Call, Maps, Network, plain_float32
 from diffcam_fast.running import pick_logits, unwrap
 from diffcam_fast.split import Output
+from diffcam_fast.streaming import Streaming
 from diffcam_fast.targets import Asked, Targets
 from diffcam_kernels.settings import uses_kernels
 
 if TYPE_CHECKING:
-    from diffcam_fast.images.preprocess import Preprocess
-    from diffcam_fast.stream import Profile, Streamed
+    pass
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Setup:
     examples: tuple[int, ...]
 
 
-class Explainer:
+class Explainer(Streaming):
     """Explains an image classifier: for each image and target class, a map of where the network
     looked.
 
@@ -142,7 +142,7 @@ class Explainer:
             layer,
             output=self._output,
             layout=layout,
-            examples=None if example_inputs is None else self._prepare(example_inputs),
+            examples=None if example_inputs is None else self.prepare(example_inputs),
         )
 
     @property
@@ -249,7 +249,7 @@ class Explainer:
             TypeError: a wrong type, or a model that returns no logits.
             AnalysisError: no layer of the model fits this input.
         """
-        images = self._prepare(images)
+        images = self.prepare(images)
         if targets is not None and topk is not None:
             raise ValueError("give targets or topk, not both")
         asked = Asked(targets, topk, self._contrast)
@@ -278,43 +278,40 @@ class Explainer:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the model, and of the images that need no cast."""
+        first = next((p for p in self._model.parameters() if p.is_floating_point()), None)
+        return torch.float32 if first is None else first.dtype
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         first = next(self._model.parameters(), None)
         return torch.device("cpu") if first is None else first.device
 
-    def stream(
-        self,
-        source: Iterable[Any],
-        *,
-        preprocess: "Preprocess | None" = None,
-        batch_size: int = 16,
-        targets: int | Sequence[int] = (),
-        topk: int | None = None,
-        workers: int | None = None,
-        timeout: float | None = None,
-        pictures: bool = False,
-        heatmaps: tuple[int, int] | None = None,
-        profile: "Profile | None" = None,
-    ) -> "Iterator[Streamed]":
-        """Explains what a source yields, in order, while it reads on: see
-        `diffcam_fast.stream.stream`, whose arguments these are.
-        """
-        from diffcam_fast.stream import stream
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images as the model takes them: a call does this itself.
 
-        return stream(
-            self,
-            source,
-            preprocess=preprocess,
-            batch_size=batch_size,
-            targets=targets,
-            topk=topk,
-            workers=workers,
-            timeout=timeout,
-            pictures=pictures,
-            heatmaps=heatmaps,
-            profile=profile,
-        )
+        Args:
+            images: (N, C, H, W) float.
+
+        Raises:
+            TypeError: they are no floating-point tensor.
+            ValueError: they have another shape.
+        """
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor (N, C, H, W), got {type(images).__name__}")
+        if not images.is_floating_point():
+            raise TypeError(
+                "images must be floating point, normalised as the model takes them; got "
+                f"{images.dtype}"
+            )
+        if images.ndim != 4:
+            hint = "; add the batch axis, images[None]" if images.ndim == 3 else ""
+            raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}{hint}")
+        images = images.detach()
+        first = next((p for p in self._model.parameters() if p.is_floating_point()), None)
+        return images if first is None else images.to(device=first.device, dtype=first.dtype)
 
     def _maps(self, images: Tensor, asked: Asked) -> tuple[Maps, Tensor]:
         network = Network(self._model, self._inspections.at(images), self._output)
@@ -335,21 +332,6 @@ class Explainer:
         made = self._method.maps_of_layers(call)
         with plain_float32(images):
             return made, fuse(made.maps, self._fuse)
-
-    def _prepare(self, images: Tensor) -> Tensor:
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a tensor (N, C, H, W), got {type(images).__name__}")
-        if not images.is_floating_point():
-            raise TypeError(
-                "images must be floating point, normalised as the model takes them; got "
-                f"{images.dtype}"
-            )
-        if images.ndim != 4:
-            hint = "; add the batch axis, images[None]" if images.ndim == 3 else ""
-            raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}{hint}")
-        images = images.detach()
-        first = next((p for p in self._model.parameters() if p.is_floating_point()), None)
-        return images if first is None else images.to(device=first.device, dtype=first.dtype)
 
 
 def method_and_contrast(

@@ -85,6 +85,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the stack of C++ functions that may follow."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def pick_logits(output: Any) -> Tensor:
     """The logits (N, K) in what a classifier returns.
 

@@ -16,8 +16,21 @@ ScoreFunction = Callable[[Any], Tensor]
 image each, from the output of that image to one number.
 """
 
+
+@dataclass(frozen=True)
+class Checked:
+    """Classes that are known to fit: nothing waits for the device to look at them again.
+
+    Attributes:
+        classes: (N, T) int64 in range, on the device of the logits.
+    """
+
+    classes: Tensor
+
+
 Targets = (
     None
+    | Checked
     | str
     | int
     | Sequence[int]
@@ -181,6 +194,8 @@ def resolve_targets(targets: Targets, topk: int | None, logits: Tensor) -> Tenso
     the prediction, which the operators find themselves.
     """
     n, k = logits.shape
+    if isinstance(targets, Checked):
+        return targets.classes
     if topk is not None:
         if not 1 <= topk <= k:
             raise ValueError(f"topk must be from 1 to the {k} classes, got {topk}")

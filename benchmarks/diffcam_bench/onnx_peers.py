@@ -25,7 +25,8 @@ from diffcam_bench.rows import provenance
 from diffcam_bench.zoo import build, size_of
 from diffcam_export.export import export_onnx
 from diffcam_export.plain import Plain, plain_file, plain_part
-from diffcam_export.session import first_line, open_session
+from diffcam_export.session import open_session
+from diffcam_fast.running import first_line
 
 PLAIN, OURS, PEER = "plain", "diffcam-fast", "OpenVINO XAI"
 # Its exporter writes batch norm into the weights.

@@ -77,7 +77,7 @@ def stream(
     source: Iterable[Any],
     *,
     preprocess: Preprocess | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     targets: int | Sequence[int] = (),
     topk: int | None = None,
     workers: int | None = None,
@@ -101,7 +101,7 @@ def stream(
             mappings with one under a usual name, such as `image` or `jpg`. `FLUSH` has the images
             before it explained without waiting for a whole batch.
         preprocess: from a picture to the network's input; None: the samples are prepared.
-        batch_size: images at once, at least 1.
+        batch_size: images at once, at least 1; None: the explainer's own, or 16.
         targets: a class, or classes, to explain for every image; none: the predicted one.
         topk: the k best classes instead.
         workers: threads that decode; None: one for each processor, eight at most.
@@ -135,6 +135,8 @@ def stream(
             raise ValueError(f"{name} must be at least 1, got {number}")
     if timeout is not None and timeout <= 0:
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
+    if batch_size is None:
+        batch_size = getattr(explainer, "batch_size", CPU_BATCH)
     classes = (targets,) if isinstance(targets, int) else tuple(targets)
     if classes and topk is not None:
         raise ValueError("give targets or topk, not both")

@@ -15,11 +15,12 @@ from torch import Tensor
 from diffcam_export.cache import Cache, Kept, digest_of, digest_of_images, versions
 from diffcam_export.exact import exactness
 from diffcam_export.explainer import OnnxExplainer
-from diffcam_export.session import CPU, first_line
+from diffcam_export.session import CPU
 from diffcam_fast.contrast import Contrast
 from diffcam_fast.explainer import Explainer, Setup
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import Preprocess
+from diffcam_fast.running import first_line
 
 if TYPE_CHECKING:
     from diffcam_export.quantised import Agreement

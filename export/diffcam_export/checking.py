@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffcam_export.session import first_line
+from diffcam_fast.running import first_line
 
 Verdict = Literal["ok", "failed", "skipped"]
 

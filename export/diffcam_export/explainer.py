@@ -1,8 +1,7 @@
 """Explained ONNX files, run as the engine runs a PyTorch model."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from diffcam_export.running import run
 from diffcam_export.session import Opened, Provider, open_session
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import AsItIs, Preprocess
-from diffcam_fast.stream import Profile, Streamed, stream
+from diffcam_fast.streaming import Streaming
 from diffcam_fast.targets import Targets, resolve_targets
 from diffcam_kernels import ops, reference
 
@@ -22,7 +21,7 @@ TARGETS = "targets"
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-class OnnxExplainer:
+class OnnxExplainer(Streaming):
     """Explains images with an ONNX file that `diffcam export` wrote: call and result are those of
     `diffcam_fast.Explainer`.
 
@@ -201,42 +200,13 @@ class OnnxExplainer:
             classes, maps = classes[:, : topk or 1], maps[:, : topk or 1]
         return self._explanation(logits, classes, maps)
 
-    def stream(
-        self,
-        source: Iterable[Any],
-        *,
-        preprocess: Preprocess | None = None,
-        batch_size: int = 16,
-        targets: int | Sequence[int] = (),
-        topk: int | None = None,
-        workers: int | None = None,
-        timeout: float | None = None,
-        pictures: bool = False,
-        heatmaps: tuple[int, int] | None = None,
-        profile: Profile | None = None,
-    ) -> Iterator[Streamed]:
-        """Explains what a source yields, in order, while it reads on: see
-        `diffcam_fast.stream.stream`, whose arguments these are.
-
-        `preprocess` is the file's own where it is None. A file that prepares pictures itself takes
-        them one by one, since their sizes differ.
-        """
-        known = preprocess or self.preprocess
+    def _of_stream(
+        self, preprocess: Preprocess | None, batch_size: int | None
+    ) -> tuple[Preprocess | None, int | None]:
         if self.input.dtype == torch.uint8:
-            known, batch_size = AsItIs((1, 1)), 1
-        return stream(
-            self,
-            source,
-            preprocess=known,
-            batch_size=batch_size,
-            targets=targets,
-            topk=topk,
-            workers=workers,
-            timeout=timeout,
-            pictures=pictures,
-            heatmaps=heatmaps,
-            profile=profile,
-        )
+            # It prepares pictures itself and takes them one by one, since their sizes differ.
+            return AsItIs((1, 1)), 1
+        return preprocess or self.preprocess, batch_size
 
     def _explanation(self, logits: Tensor, classes: Tensor, maps: Tensor) -> Explanation:
         if self._facts.probabilities:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffcam_export.session import Opened, first_line
+from diffcam_export.session import Opened
+from diffcam_fast.running import first_line
 
 _NUMPY = {
     torch.float32: np.float32,

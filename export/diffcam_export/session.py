@@ -12,6 +12,8 @@ from typing import Any
 import onnxruntime as ort
 import torch
 
+from diffcam_fast.running import first_line
+
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 Provider = str | tuple[str, Mapping[str, Any]]
@@ -180,8 +182,3 @@ def _device(provider: str, options: Mapping[str, Mapping[str, Any]]) -> torch.de
     if provider not in _LIBRARIES:
         return torch.device("cpu")
     return torch.device("cuda", int(options.get(provider, {}).get("device_id", 0)))
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the stack of C++ functions that may follow."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -14,8 +14,9 @@ from diffcam_export.map_checks import has_heatmaps, heatmaps, maps, runs
 from diffcam_export.own_outputs import own_outputs, plain_feeds
 from diffcam_export.plain import plain_file
 from diffcam_export.running import run
-from diffcam_export.session import CPU, Provider, first_line, name_of, why_not
+from diffcam_export.session import CPU, Provider, name_of, why_not
 from diffcam_export.subject import Against, Subject
+from diffcam_fast.running import first_line
 
 __all__ = ["Against", "Check", "Report", "verify"]
 
