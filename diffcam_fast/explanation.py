@@ -78,9 +78,14 @@ class Explanation:
             images = slice(start, start + 1)
         return self._each(lambda tensor: tensor[images])
 
-    def cpu(self) -> "Explanation":
-        """The same in host memory."""
-        return self._each(lambda tensor: tensor.cpu())
+    def cpu(self, *, non_blocking: bool = False) -> "Explanation":
+        """The same in host memory.
+
+        Args:
+            non_blocking: from a GPU, return while the copies are under way; they may be read once
+                the current stream has come to here.
+        """
+        return self._each(lambda tensor: tensor.to("cpu", non_blocking=non_blocking))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Explanation":
         return replace(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import AsItIs, Preprocess
 from diffcam_fast.running import is_out_of_memory
+from diffcam_fast.stream.transfer import Transfers, stacked
 from diffcam_fast.targets import Targets
 from diffcam_kernels import ops
 
@@ -93,6 +94,11 @@ class NetworkStage:
     heatmaps: tuple[int, int] | None = None
     tell: Callable[[str, str], object] = lambda problem, message: None
 
+    @cached_property
+    def transfers(self) -> Transfers | None:
+        """What copies to and from the device; None where it is the host."""
+        return Transfers(self.device) if self.device.type == "cuda" else None
+
     def __call__(self, images: Sequence[Tensor]) -> list[Explanation | Refused]:
         """Explains images of one shape.
 
@@ -137,27 +143,13 @@ class NetworkStage:
         return found
 
     def _explain(self, images: Sequence[Tensor]) -> Explanation:
-        batch = _stacked(images)
-        if self.device.type == "cuda":
-            # From pinned memory the copy does not wait for what the device is at.
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        batch = stacked(images) if self.transfers is None else self.transfers.upload(images)
         if self.normalise is not None and batch.dtype == torch.uint8:
             mean, std = self.normalise.mean, self.normalise.std
-            batch = ops.preprocess(batch, list(mean), list(std), torch.float32, True)
+            dtype = getattr(self.explainer, "dtype", torch.float32)
+            batch = ops.preprocess(batch, list(mean), list(std), dtype, True)
         targets = [list(self.targets)] * len(images) if self.targets else None
         return self.explainer(batch, targets, topk=self.topk)
-
-
-def _stacked(images: Sequence[Tensor]) -> Tensor:
-    """Images as a batch, copied by one thread.
-
-    PyTorch would take several threads for it, and those wait for each other while decoders and the
-    network's own threads have the processors: a copy of 1 ms takes 100 ms then.
-    """
-    first = images[0]
-    if first.device.type != "cpu" or first.dtype == torch.bfloat16:
-        return torch.stack(list(images))
-    return torch.from_numpy(np.stack([image.numpy() for image in images]))
 
 
 def normalises_on(device: torch.device, preprocess: Preprocess) -> bool:

@@ -21,6 +21,7 @@ from diffcam_fast.stream.channel import Channel, Closed, Task, TookTooLong, Work
 from diffcam_fast.stream.items import FLUSH, Flush, Item, Pixels, Preparation, images_of, samples
 from diffcam_fast.stream.network import NetworkStage, Refused
 from diffcam_fast.stream.profile import Profile
+from diffcam_fast.stream.transfer import Leaving
 from diffcam_kernels import ops
 
 WORKERS = min(8, cpu_count() or 1)
@@ -52,10 +53,13 @@ class Explained:
     error: str | None = None
     heatmaps: Tensor | None = None
 
-    def cpu(self) -> Explained:
-        """The same in host memory."""
-        explanation = None if self.explanation is None else self.explanation.cpu()
-        heatmaps = None if self.heatmaps is None else self.heatmaps.cpu()
+    def cpu(self, *, non_blocking: bool = False) -> Explained:
+        """The same in host memory: see `Explanation.cpu`."""
+        explanation, heatmaps = self.explanation, self.heatmaps
+        if explanation is not None:
+            explanation = explanation.cpu(non_blocking=non_blocking)
+        if heatmaps is not None:
+            heatmaps = heatmaps.to("cpu", non_blocking=non_blocking)
         return replace(self, explanation=explanation, heatmaps=heatmaps)
 
 
@@ -72,6 +76,9 @@ class _End:
     """What ends a stream: the source's end, or what it, or the network, raised."""
 
     error: BaseException | None = None
+
+
+_Done = Explained | Leaving[Explained] | _End
 
 
 class Pipeline:
@@ -119,7 +126,7 @@ class Pipeline:
         """
         ahead = _AHEAD * self._stage.batch_size + self._count
         loading: Channel[_Loading | Flush | _End] = Channel(ahead)
-        done: Channel[Explained | _End] = Channel(_DONE)
+        done: Channel[_Done] = Channel(_DONE)
         workers = Workers(self._count)
         threads = [
             threading.Thread(target=self._read, args=(source, workers, loading)),
@@ -149,10 +156,10 @@ class Pipeline:
                     if item.error is not None:
                         raise item.error
                     return
-                if item.explanation is not None and item.explanation.maps.is_cuda:
+                if isinstance(item, Leaving):
                     # Here, where it is waited for: the network is at the next batch meanwhile.
                     with self._profile.at("copy back"):
-                        item = item.cpu()
+                        item = item.arrived()
                 start = perf_counter()
                 yield item
                 self._profile.add(self._caller, start, perf_counter())
@@ -194,7 +201,7 @@ class Pipeline:
         self,
         workers: Workers,
         loading: Channel[_Loading | Flush | _End],
-        out: Channel[Explained | _End],
+        out: Channel[_Done],
     ) -> None:
         """Makes batches of decoded images and runs the network on them."""
         try:
@@ -210,7 +217,7 @@ class Pipeline:
         self,
         workers: Workers,
         loading: Channel[_Loading | Flush | _End],
-        out: Channel[Explained | _End],
+        out: Channel[_Done],
     ) -> _End:
         batch: list[tuple[Any, Pixels]] = []
         place = 0
@@ -269,7 +276,9 @@ class Pipeline:
         heatmaps: Tensor = ops.heatmap(result.maps, *size, dtype=torch.uint8)
         return heatmaps
 
-    def _finished(self, batch: list[tuple[Any, Pixels]], place: int) -> Iterator[Explained]:
+    def _finished(
+        self, batch: list[tuple[Any, Pixels]], place: int
+    ) -> Iterator[Explained | Leaving[Explained]]:
         if not batch:
             return
         values: list[Tensor] = [pixels.values for _, pixels in batch]
@@ -284,8 +293,17 @@ class Pipeline:
             if isinstance(result, Refused):
                 yield Explained(keys, place + start, pictures, None, result.reason)
             else:
-                yield Explained(keys, place + start, pictures, result, heatmaps=heatmaps)
+                yield self._sent(
+                    Explained(keys, place + start, pictures, result, heatmaps=heatmaps)
+                )
             start += count
+
+    def _sent(self, explained: Explained) -> Explained | Leaving[Explained]:
+        """On its way to host memory, where it is not there yet."""
+        transfers, made = self._stage.transfers, explained.explanation
+        if transfers is None or made is None or not made.maps.is_cuda:
+            return explained
+        return transfers.download(explained)
 
 
 __all__ = ["FLUSH", "NETWORK_THREAD", "WORKERS", "Explained", "Pipeline"]
