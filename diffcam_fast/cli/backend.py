@@ -68,10 +68,8 @@ def accelerated(
     Raises:
         ValueError: the runtime that was asked for cannot run it.
     """
-    # int8 on another device is refused by what follows, with the reason.
-    on_cpu = device == "cpu" or request.precision == "int8"
     few = images is not None and images < WORTH and request.precision == "float32"
-    if request.backend == "torch" or (request.backend == "auto" and (few or not on_cpu)):
+    if request.backend == "torch" or (request.backend == "auto" and few):
         return None
     from diffcam_export.fastest import accelerate, remember
 
@@ -87,7 +85,7 @@ def accelerated(
         calibration=calibration,
     )
     name = _name(request)
-    if name is not None:
+    if name is not None and device == "cpu":
         remember(name, fastest)
     return fastest
 

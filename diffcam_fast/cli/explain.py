@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 import click
 
+from diffcam_fast.backends import BACKENDS, Backend
 from diffcam_fast.cli.cluster import check_engine, cluster_options, prepare_on_ray, run_on_ray
 from diffcam_fast.cli.cluster_summary import tell
 from diffcam_fast.cli.console import Console, printable
@@ -147,11 +148,11 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
 @click.option(
     "--backend",
-    type=click.Choice(("auto", "torch", "onnxruntime")),
+    type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
-    help="Runtime on the CPU. auto: the faster one; a file is exported and kept where there are"
-    " images enough, and used by later runs.",
+    help="Runtime. auto: on the CPU the faster of PyTorch and ONNX Runtime, whose file is kept for"
+    " later runs; on CUDA a CUDA graph. compiled: torch.compile, which takes a minute first.",
 )
 @click.option(
     "--labels",
@@ -214,7 +215,7 @@ def explain(
     dtype: str | None,
     precision: Literal["float32", "int8"],
     device: str | None,
-    backend: Literal["auto", "torch", "onnxruntime"],
+    backend: Backend,
     labels: Path | None,
     cmap: str,
     text_list: Path | None,

@@ -103,19 +103,15 @@ def open_model(
         loaded, explainer, reason = kept
         console.why(f"runtime: {reason}")
     else:
-        loaded, explainer, agreement, calibrated = _loaded(
-            request, device, images, calibration, console
-        )
+        made = _loaded(request, device, images, calibration, console, automatic=automatic)
+        request, loaded, explainer, agreement, calibrated = made
     if device == "cpu" and not isinstance(explainer, Explainer):
         # ONNX Runtime has the processors. What is left for PyTorch is small, and its threads would
         # wait for each other.
         torch.set_num_threads(1)
     trial = try_out(loaded, explainer)
-    if automatic and device.startswith("cuda"):
-        blank = torch.zeros(3, *loaded.preprocess.size)
-        size = fitting_batch_size(explainer, blank, torch.device(device))
-        request = replace(request, batch_size=size)
-        console.why(f"batch size: {size}")
+    if automatic and isinstance(loaded, Described) and not loaded.single:
+        request = _sized(request, loaded, explainer, device, console)
     _explain_choices(loaded, explainer, trial.backend, console)
     labels = _labels(request.labels, loaded.labels, trial.logits.shape[1])
     return Opened(request, loaded, explainer, labels, trial, device, agreement, calibrated)
@@ -156,9 +152,11 @@ def _loaded(
     images: int | None,
     calibration: Callable[[Preprocess], Tensor] | None,
     console: Console,
-) -> tuple[LoadedModel, Explains, Any, str | None]:
-    """The network that a request names, what explains it, and where that is int8, how well, and a
-    digest of the images that it was fitted to.
+    *,
+    automatic: bool,
+) -> tuple[Request, LoadedModel, Explains, Any, str | None]:
+    """The request with a batch size that fits, the network that it names, what explains it, and
+    where that is int8, how well, and a digest of the images that it was fitted to.
     """
     loaded = load_model(request.model, weights=parse_weights(request.weights), device=device)
     if request.weights == "random":
@@ -175,20 +173,40 @@ def _loaded(
         contrast=request.contrast,
         temperature=request.temperature,
     )
+    if automatic:
+        request = _sized(request, loaded, explainer, device, console)
     chosen = None
     if request.precision == "int8" and calibration is not None:
         chosen = calibration(loaded.preprocess)
     fastest = accelerated(request, loaded, explainer, device, images, chosen)
     if fastest is None:
-        return loaded, explainer, None, None
+        return request, loaded, explainer, None, None
     # int8 changes the maps: that is no detail.
     tell = console.why if fastest.agreement is None else console.say
     tell(f"runtime: {fastest.reason}")
     if chosen is None:
-        return loaded, fastest.explainer, None, None
+        return request, loaded, fastest.explainer, None, None
     from diffcam_export.cache import digest_of_images
 
-    return loaded, fastest.explainer, fastest.agreement, digest_of_images(chosen)[:16]
+    digest = digest_of_images(chosen)[:16]
+    return request, loaded, fastest.explainer, fastest.agreement, digest
+
+
+def _sized(
+    request: Request,
+    loaded: LoadedModel | Described,
+    explainer: Explains,
+    device: str,
+    console: Console,
+) -> Request:
+    """With as many images at once as a GPU has memory for."""
+    if not device.startswith("cuda"):
+        return request
+    with _running(loaded):
+        blank = torch.zeros(3, *loaded.preprocess.size)
+        size = fitting_batch_size(explainer, blank, torch.device(device))
+    console.why(f"batch size: {size}")
+    return replace(request, batch_size=size)
 
 
 def try_out(loaded: LoadedModel | Described, explainer: Explains) -> Explanation:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from diffcam_fast.backends import Backend
+
 
 @dataclass(frozen=True)
 class Request:
@@ -61,7 +63,7 @@ class Request:
     resume: bool = False
     timeout: float = 60.0
     profile: bool = False
-    backend: Literal["auto", "torch", "onnxruntime"] = "auto"
+    backend: Backend = "auto"
     watch: Path | None = None
     shard_size: int = 1024
     map_type: Literal["float16", "uint8"] = "float16"

@@ -6,10 +6,10 @@ import signal
 import socket
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import click
 
+from diffcam_fast.backends import BACKENDS, Backend
 from diffcam_fast.cli.console import Console
 from diffcam_fast.cli.explain import CONTRASTS, METHODS
 
@@ -27,10 +27,10 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]")
 @click.option(
     "--backend",
-    type=click.Choice(("auto", "torch", "onnxruntime")),
+    type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
-    help="Runtime on the CPU; auto: the faster one.",
+    help="Runtime, as in diffcam explain; auto: the faster one.",
 )
 @click.option("--labels", type=click.Path(path_type=Path, dir_okay=False), help="Class names.")
 @click.option("--cmap", default="turbo", show_default=True, help="Colour map of matplotlib.")
@@ -80,7 +80,7 @@ def serve(
     layer: str | None,
     size: str | None,
     device: str | None,
-    backend: Literal["auto", "torch", "onnxruntime"],
+    backend: Backend,
     labels: Path | None,
     cmap: str,
     host: str,

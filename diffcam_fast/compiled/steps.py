@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.explanation import Explanation
@@ -71,6 +70,9 @@ def trace(
     Raises:
         CannotCompile: what runs depends on what the images hold.
     """
+    # Here, not above: it takes a second, and most runs record nothing.
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     made: list[Explanation] = []
 
     def call(images: Tensor, *given: Tensor) -> list[Tensor]:

@@ -24,9 +24,10 @@ from diffcam_fast.running import first_line
 
 if TYPE_CHECKING:
     from diffcam_export.quantised import Agreement
+    from diffcam_fast.compiled import CompiledExplainer
 
 # As far as float32 in another order may be off, relative to the largest value of a map.
-_TOLERANCE, _ROUNDING = 1e-3, 1e-4
+TOLERANCE, ROUNDING = 1e-3, 1e-4
 _ROUNDS = 3
 
 
@@ -41,7 +42,7 @@ class Fastest:
         agreement: how near int8 is to float32; None: it is float32.
     """
 
-    explainer: Explainer | OnnxExplainer
+    explainer: Explainer | OnnxExplainer | CompiledExplainer
     reason: str
     path: Path | None = None
     agreement: Agreement | None = None
@@ -131,9 +132,9 @@ class Candidate:
             made = file(images, expected.targets)
         else:
             made = self._explained(file, images)
-        off = _relative(made.maps, expected.maps)
-        if not (off <= _TOLERANCE or self._as_near(images, made, expected)):
-            return f"its exported maps are off by {off:.1e}, more than {_TOLERANCE:.0e}"
+        off = off_by(made.maps, expected.maps)
+        if not (off <= TOLERANCE or self._as_near(images, made, expected)):
+            return f"its exported maps are off by {off:.1e}, more than {TOLERANCE:.0e}"
         ratio = kept.facts["onnxruntime_s"] / kept.facts["torch_s"]
         told = f"{ratio:.2f} of the time of torch ({self.batch_size} images at a time)"
         if ratio > 1:
@@ -148,7 +149,7 @@ class Candidate:
         found = exactness(
             self.explainer, images, expected.targets, made=made.maps, expected=expected.maps
         )
-        return found.as_near(_ROUNDING)
+        return found.as_near(ROUNDING)
 
     def quantised(self, calibration: Tensor, floats: Fastest, cache: Cache) -> Fastest:
         """The same in int8, and how near it is.
@@ -253,7 +254,10 @@ def allowed_target(contrast: Contrast) -> int | None:
     return None if taken is None else next(c for c in range(len(taken) + 1) if c not in taken)
 
 
-def _relative(made: Tensor, expected: Tensor) -> float:
+def off_by(made: Tensor, expected: Tensor) -> float:
+    """The largest difference of maps, relative to their largest value; infinite where their shapes
+    differ.
+    """
     if made.shape != expected.shape:
         return float("inf")
     largest = float(expected.abs().max())

@@ -14,12 +14,11 @@ from diffcam_export.cache import Cache, versions
 from diffcam_export.candidate import Candidate, Fastest, allowed_target
 from diffcam_export.explainer import OnnxExplainer
 from diffcam_export.session import CPU
+from diffcam_fast.backends import BACKENDS, Backend
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.methods import METHODS
 from diffcam_fast.running import pick_logits
-
-Backend = Literal["auto", "torch", "onnxruntime"]
 
 # int8 is fitted to the ranges of these: what a few images did not fill would be clipped.
 LEAST_IMAGES = 8
@@ -43,11 +42,13 @@ def accelerate(
 
     On the CPU the model is exported once, with its maps in the graph, compared with the explainer,
     timed beside it, and kept in the user's cache under its weights, its code and the options. On
-    CUDA PyTorch runs, with the kernels.
+    CUDA the whole step is recorded once, as a CUDA graph with the kernels in it: see
+    `CompiledExplainer`.
 
     Args:
         explainer: to make faster; it stays as it is.
-        backend: `auto`: the faster of both; `onnxruntime` or `torch`: this one.
+        backend: `auto`: the faster of both; `onnxruntime` or `torch`: this one; `compiled`: with
+            `torch.compile`, which takes a minute.
         targets: `predicted`: calls explain the predicted class alone; `input`: any classes, which
             costs time where the head has no closed form.
         topk: calls explain the k best classes of each image instead.
@@ -66,21 +67,24 @@ def accelerate(
         What to call, and why.
 
     Raises:
-        ValueError: an unknown backend or precision, `onnxruntime` where the file would not give the
-            same, or int8 that cannot be had.
+        ValueError: an unknown backend or precision, `onnxruntime` or `compiled` where the maps
+            would not be the same, or int8 that cannot be had.
 
     Example:
         >>> fast = accelerate(Explainer(model))                  # doctest: +SKIP
         >>> fast.reason                                          # doctest: +SKIP
         'onnxruntime takes 0.52 of the time of torch (16 images at a time)'
     """
-    if backend not in ("auto", "torch", "onnxruntime"):
-        raise ValueError(f"backend must be 'auto', 'torch' or 'onnxruntime', got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     _check_precision(precision, calibration, backend, explainer)
     if backend == "torch":
         return Fastest(explainer, "torch was asked for")
     if topk is not None and targets == "input":
         raise ValueError(f"topk={topk} excludes targets='input'; leave one out")
+    on_cuda = explainer.device.type == "cuda"
+    if backend == "compiled" or (on_cuda and backend == "auto" and precision == "float32"):
+        return _replayed(explainer, backend, targets, topk, batch_size)
     reason = _obstacle(explainer)
     if reason is None and allowed_target(explainer.setup.contrast) is not None:
         # The check on random images needs a class that is none of the contrast's own.
@@ -97,6 +101,25 @@ def accelerate(
     if backend == "onnxruntime" or precision == "int8":
         raise ValueError(f"onnxruntime cannot run this explainer: {reason}")
     return Fastest(explainer, f"torch, because {reason}")
+
+
+def _replayed(
+    explainer: Explainer, backend: Backend, targets: str, topk: int | None, batch_size: int
+) -> Fastest:
+    """The explainer, recorded, or as it is.
+
+    Raises:
+        ValueError: it cannot be compiled, and was asked for so.
+    """
+    from diffcam_export.replayed import Replayed
+
+    compile = backend == "compiled"
+    found = Replayed(explainer, targets == "input", topk, batch_size, compile).opened()
+    if isinstance(found, Fastest):
+        return found
+    if compile:
+        raise ValueError(f"this explainer cannot be compiled: {found}")
+    return Fastest(explainer, f"torch, because {found}")
 
 
 def _obstacle(explainer: Explainer) -> str | None:
@@ -122,8 +145,8 @@ def _check_precision(
         raise ValueError(f"precision must be 'float32' or 'int8', got {precision!r}")
     if precision == "float32":
         return
-    if backend == "torch":
-        raise ValueError("int8 runs in onnxruntime; leave backend='torch' out")
+    if backend in ("torch", "compiled"):
+        raise ValueError(f"int8 runs in onnxruntime; leave backend={backend!r} out")
     shape = explainer.setup.examples
     if calibration is None or len(calibration) < LEAST_IMAGES or calibration.shape[1:] != shape:
         given = "none" if calibration is None else str(tuple(calibration.shape))
