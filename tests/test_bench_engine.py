@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import networks
-from diffcam_bench import endurance, engine, engine_cli
+from diffcam_bench import endurance, engine, engine_cli, engine_gpu
 from diffcam_bench.cli import bench
 from diffcam_bench.measure import Timing
 from diffcam_bench.methods import ParityError
+from diffcam_bench.rows import read_rows
 from diffcam_export import OnnxExplainer
 
 
@@ -46,9 +49,9 @@ def test_all_take_part(tmp_path: Path, source: str) -> None:
     kept = (tmp_path / "engine.csv").read_text().splitlines()
     assert len(kept) == 1 + len(rows)
     # Those of the same model, source and batch size make room.
-    engine_cli._keep(rows)
+    engine_cli._keep(rows, tmp_path / "engine.csv")
     assert (tmp_path / "engine.csv").read_text().splitlines() == kept
-    engine_cli._keep([{**row, "batch_size": 3} for row in rows])
+    engine_cli._keep([{**row, "batch_size": 3} for row in rows], tmp_path / "engine.csv")
     assert len((tmp_path / "engine.csv").read_text().splitlines()) == 1 + 2 * len(rows)
 
 
@@ -112,3 +115,44 @@ def test_a_short_run_is_watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert [tenth.images for tenth in found.tenths][-1] <= 600
     assert all(tenth.memory_mib > 100 and tenth.images_per_s > 0 for tenth in found.tenths)
     assert found.backend.startswith("onnxruntime")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time")
+def test_no_gpu() -> None:
+    asked = CliRunner().invoke(bench, ["engine-gpu"])
+    assert asked.exit_code == 1
+    assert "there is no CUDA device here" in asked.output
+
+
+def test_verdicts_of_a_gpu() -> None:
+    """Files are held against the slower of what reads and what computes, each alone."""
+    common = ("m", "device", "bfloat16", 64, 8, "runs")
+    timings = [
+        timing(engine.OURS, 1.0),
+        timing(engine.PLAIN, 0.96),
+        timing("torch-cam", 4.5),
+        timing(f"{engine.OURS}, {engine.TARGETS} targets", 1.02),
+    ]
+    lines = engine_gpu.GpuContest(*common, timings, 4).verdicts()
+    assert [line.endswith("LOST") for line in lines] == [True, False, False]
+    timings = [timing(engine_gpu.RESIDENT, 0.5), timing(engine.READING, 0.95)]
+    files = replace(engine_gpu.GpuContest(*common, timings, 4), source="files")
+    assert files.verdicts() == [
+        "over the slower of decoder and backbone: 0.950, at least 0.9: holds"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("source", ["device", "files"])
+def test_all_take_part_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr(engine_gpu, "build", lambda name: networks.with_mlp())
+    monkeypatch.setattr(engine_gpu, "size_of", lambda name, network: (32, 32))
+    monkeypatch.setattr("diffcam_bench.engine_cli.results_folder", lambda: tmp_path)
+    options = ["--model", "m", "--source", source, "--images", "8", "--batch-size", "4"]
+    result = CliRunner().invoke(bench, ["engine-gpu", *options, "--rounds", "1", "--write"])
+    assert result.exit_code in (0, 1), result.output
+    rows = read_rows(tmp_path / "engine_gpu.csv")
+    assert {engine.OURS, engine.PLAIN} <= {row["name"] for row in rows}
+    assert all(float(row["images_per_s"]) > 0 for row in rows)

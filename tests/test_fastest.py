@@ -223,9 +223,7 @@ def test_a_file_that_does_not_run(
 def test_torch_and_an_unknown_backend(tmp_path: Path) -> None:
     explainer = explainer_of()
     assert accelerate(explainer, backend="torch") == Fastest(explainer, "torch was asked for")
-    with pytest.raises(
-        ValueError, match="backend must be one of auto, torch, onnx"
-    ):
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, onnx"):
         accelerate(explainer, backend="tensorrt")  # type: ignore[arg-type]
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import networks
 from diffcam_fast import Explainer
+from diffcam_fast.compiled import CompiledExplainer
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.stream import FLUSH, OutOfMemory, Profile, Streamed, stream
 from diffcam_fast.stream.channel import Channel, Closed, TookTooLong, Workers
@@ -583,3 +584,23 @@ def test_a_task_raises_its_own_timeout() -> None:
         workers.submit(own).result(5)
     assert workers.submit(lambda: 3).result(None) == 3
     workers.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_same_maps_from_a_gpu(recorded: bool) -> None:
+    """Copies and kernels are on streams of their own; each result is whole when it is given out."""
+    explainer = Explainer(networks.pooled().cuda(), example_inputs=networks.images())
+    made = CompiledExplainer(explainer, batch_size=8) if recorded else explainer
+    random = torch.Generator().manual_seed(3)
+    pictures = torch.randint(256, (403, 64, 48, 3), generator=random, dtype=torch.uint8).numpy()
+    preprocess = Preprocess(size=(32, 24))
+    found = list(stream(made, pictures, preprocess=preprocess, batch_size=8, heatmaps=(32, 24)))
+    assert [one.index for one in found] == list(range(403))
+    for one in (found[0], found[200], found[402]):
+        picture = Image.fromarray(pictures[one.index])
+        expected = explainer(preprocess(picture)[None]).cpu()
+        assert one.explanation is not None and one.heatmaps is not None
+        torch.testing.assert_close(one.explanation.maps, expected.maps, rtol=1e-3, atol=1e-4)
+        heatmaps = expected.heatmaps((32, 24))[0] * 255
+        assert (one.heatmaps.float() - heatmaps).abs().max() <= 2

@@ -12,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from diffcam_bench.cams_cli import cams, peer_suites
-from diffcam_bench.engine_cli import endurance, engine
+from diffcam_bench.engine_cli import endurance, engine, engine_gpu
 from diffcam_bench.fidelity_cli import fidelity, photographs
 from diffcam_bench.onnx_cli import onnx, onnx_cost, onnx_peers
 from diffcam_bench.rows import read_rows, results_folder, write_rows
@@ -31,6 +31,7 @@ for command in (
     cams,
     endurance,
     engine,
+    engine_gpu,
     fidelity,
     onnx,
     onnx_cost,

@@ -105,13 +105,13 @@ class Contest:
         """Each thing that was asked for, and whether it holds."""
         ratios = {timing.name: timing.ratio for timing in self.timings}
         found = [
-            _verdict(f"over {name}", ratios[name], least)
+            verdict(f"over {name}", ratios[name], least)
             for name, least in LEAST.items()
             if name in ratios
         ]
         for name, ratio in ratios.items():
             if name.endswith("targets"):
-                found.append(_verdict(f"{name} over one", 1 / ratio, LEAST_TARGETS))
+                found.append(verdict(f"{name} over one", 1 / ratio, LEAST_TARGETS))
             if "layer" in name and self.flop_ratio:
                 over = ratio / ratios[PLAIN] / self.flop_ratio
                 mark = "holds" if over <= MOST_OVER_FLOPS else "LOST"
@@ -122,32 +122,40 @@ class Contest:
         return found
 
 
-def _verdict(what: str, ratio: float, least: float) -> str:
+def verdict(what: str, ratio: float, least: float) -> str:
+    """Whether a ratio holds, in a line."""
     return f"{what}: {ratio:.3f}, at least {least}: {'holds' if ratio >= least else 'LOST'}"
 
 
-class _PlainInference:
+class PlainInference:
     """A classifier without maps, called as an explainer is."""
 
     layer = ""
 
-    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, logits: Callable[[Tensor], Tensor], network: nn.Module) -> None:
         self.logits = logits
+        first = next(network.parameters())
+        self.device, self.dtype = first.device, first.dtype
 
     def __call__(
         self, images: Tensor, targets: object = None, *, topk: int | None = None
     ) -> Explanation:
+        """The logits, and a map of one zero."""
         return _nothing(self.logits(images))
 
 
-class _Reading:
+class Reading:
     """What takes no time at all, called as an explainer is."""
 
     layer = ""
 
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+
     def __call__(
         self, images: Tensor, targets: object = None, *, topk: int | None = None
     ) -> Explanation:
+        """A map of one zero."""
         return _nothing(images.new_zeros(len(images), 1))
 
 
@@ -248,7 +256,7 @@ class _Candidates:
         self._plain_file = folder / "plain.onnx"
         assert isinstance(plain, bytes)
         self._plain_file.write_bytes(plain)
-        self._plain = _PlainInference(self._runtime())
+        self._plain = PlainInference(self._runtime(), network)
         self.flop_ratio = self._flop_ratio()
 
     def _runtime(self) -> Callable[[Tensor], Tensor]:
@@ -301,19 +309,19 @@ class _Candidates:
         """
         if source == "memory":
             cases = self._streams(self._batch, None)
-            cases[f"{OURS}, {TARGETS} targets"] = lambda: _drain(
+            cases[f"{OURS}, {TARGETS} targets"] = lambda: drain(
                 self._several.explainer, self._batch, self._size, topk=TARGETS
             )
             if self._early is not None:
                 early = self._early.explainer
                 name = f"{OURS}, {self._earlier}"
-                cases[name] = lambda: _drain(early, self._batch, self._size)
+                cases[name] = lambda: drain(early, self._batch, self._size)
             chunks: Any = torch.split(self._batch, self._size)
         else:
             paths = write_jpegs(self._folder, len(self._batch))
             preprocess = Preprocess(size=(self._batch.shape[2], self._batch.shape[3]))
             cases = self._streams(paths, preprocess)
-            cases[READING] = lambda: _drain(_Reading(), paths, self._size, preprocess)
+            cases[READING] = lambda: drain(Reading(), paths, self._size, preprocess)
             chunks = DataLoader(
                 _Files(paths, preprocess),
                 batch_size=self._size,
@@ -329,9 +337,9 @@ class _Candidates:
         ours, size = self.ours.explainer, self._size
         sides = (self._batch.shape[2], self._batch.shape[3])
         return {
-            OURS: lambda: _drain(ours, source, size, preprocess),
-            HEATMAPS: lambda: _drain(ours, source, size, preprocess, heatmaps=sides),
-            PLAIN: lambda: _drain(self._plain, source, size, preprocess),
+            OURS: lambda: drain(ours, source, size, preprocess),
+            HEATMAPS: lambda: drain(ours, source, size, preprocess, heatmaps=sides),
+            PLAIN: lambda: drain(self._plain, source, size, preprocess),
         }
 
 
@@ -348,7 +356,7 @@ class _Files(Dataset[Tensor]):
         return self._preprocess(read_image(self._paths[index]))
 
 
-def _drain(
+def drain(
     explainer: Explains,
     source: Any,
     batch_size: int,
@@ -356,7 +364,13 @@ def _drain(
     *,
     topk: int | None = None,
     heatmaps: tuple[int, int] | None = None,
+    workers: int | None = None,
 ) -> None:
+    """Explains all of a source.
+
+    Raises:
+        ParityError: an image could not be explained.
+    """
     made = stream(
         explainer,
         source,
@@ -364,6 +378,7 @@ def _drain(
         batch_size=batch_size,
         topk=topk,
         heatmaps=heatmaps,
+        workers=workers,
     )
     for one in made:
         if one.error is not None:

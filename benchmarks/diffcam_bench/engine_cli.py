@@ -1,13 +1,30 @@
 """`diffcam bench engine`: the command."""
 
+import itertools
 import json as json_module
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
 
 import click
 from tqdm import tqdm
 
 from diffcam_bench.rows import read_rows, results_folder, write_rows
+
+
+class _Contest(Protocol):
+    @property
+    def model(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def runtime(self) -> str: ...
+    def rows(self) -> list[dict[str, object]]: ...
+    def verdicts(self) -> list[str]: ...
+
 
 MODELS = ("torchvision:resnet50", "torchvision:efficientnet_b0")
 
@@ -70,17 +87,24 @@ def engine(
                         progress=lambda done, bar=bar: bar.update(),  # type: ignore[misc]
                     )
 
+    _report(all_of_them(), "engine.csv" if write else None, as_json=as_json)
+
+
+def _report(contests: Iterable[_Contest], name: str | None, *, as_json: bool) -> None:
+    """Tells what was measured as it comes, keeps it, and exits with 1 where something was lost."""
     made: list[dict[str, object]] = []
     lost = 0
-    for found in all_of_them():
+    for found in contests:
         rows = found.rows()
         made += rows
-        if write:
-            _keep(rows)
+        if name is not None:
+            _keep(rows, results_folder() / name)
         verdicts = found.verdicts()
         lost += sum(verdict.endswith("LOST") for verdict in verdicts)
         if not as_json:
-            click.echo(f"{found.model}, from {found.source}: {found.runtime}")
+            click.echo(
+                f"{found.model}, {found.source}, {found.batch_size} at once: {found.runtime}"
+            )
             for row in rows:
                 click.echo(
                     f"  {row['name']!s:<28} {row['images_per_s']!s:>7} images/s   ours over it "
@@ -94,16 +118,93 @@ def engine(
         raise SystemExit(1)
 
 
-def _keep(new: list[dict[str, object]]) -> None:
+def _keep(new: list[dict[str, object]], path: Path) -> None:
     """In place of the rows of an earlier run of the same."""
-    path = results_folder() / "engine.csv"
 
     def key(row: Mapping[str, object]) -> tuple[str, ...]:
-        return tuple(str(row[name]) for name in ("model", "source", "batch_size"))
+        names = ("model", "source", "batch_size", "gpu")
+        return tuple(str(row.get(name, "")) for name in names)
 
     replaced = {key(row) for row in new}
     kept = [row for row in read_rows(path) if key(row) not in replaced]
     write_rows(path, [*kept, *new])
+
+
+@click.command("engine-gpu")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=MODELS,
+    show_default=True,
+    help="timm: or torchvision:NAME; may be repeated.",
+)
+@click.option(
+    "--source",
+    "sources",
+    type=click.Choice(("device", "files")),
+    multiple=True,
+    default=("device", "files"),
+    show_default=True,
+    help="Batches that are on the GPU, or JPEG files.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(("float32", "float16", "bfloat16")),
+    default="bfloat16",
+    show_default=True,
+)
+@click.option("--images", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option(
+    "--batch-size",
+    "sizes",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(64, 256),
+    show_default=True,
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Default: all.")
+@click.option("--no-peers", is_flag=True, help="Plain inference and ours alone.")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@click.option("--write", is_flag=True, help="Keep the rows in benchmarks/results/engine_gpu.csv.")
+def engine_gpu(
+    models: tuple[str, ...],
+    sources: tuple[str, ...],
+    dtype: str,
+    images: int,
+    sizes: tuple[int, ...],
+    rounds: int,
+    workers: int | None,
+    no_peers: bool,
+    as_json: bool,
+    write: bool,
+) -> None:
+    """As engine, on CUDA: beside the plain forward pass, compiled and in a CUDA graph as ours is.
+
+    Exit code 1 where something that was asked for does not hold.
+    """
+    import torch
+
+    from diffcam_bench.engine_gpu import contest
+
+    if not torch.cuda.is_available():
+        raise click.ClickException("there is no CUDA device here")
+    runs = itertools.product(models, sources, sizes)
+    found = (
+        contest(
+            model,
+            source=source,
+            dtype=dtype,
+            images=images,
+            batch_size=size,
+            rounds=rounds,
+            workers=workers or os.cpu_count() or 1,
+            peers=not no_peers,
+        )
+        for model, source, size in runs
+    )
+    _report(found, "engine_gpu.csv" if write else None, as_json=as_json)
 
 
 @click.command()

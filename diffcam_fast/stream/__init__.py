@@ -104,7 +104,7 @@ def stream(
         batch_size: images at once, at least 1; None: the explainer's own, or 16.
         targets: a class, or classes, to explain for every image; none: the predicted one.
         topk: the k best classes instead.
-        workers: threads that decode; None: one for each processor, eight at most.
+        workers: threads that decode; None: one for each processor, 32 at most.
         timeout: seconds that reading one image, or the source for its next sample, may take; None:
             any. What hangs for longer counts as failed.
         pictures: keep what the network saw of each picture, 1024 pixels on its longer side at most.

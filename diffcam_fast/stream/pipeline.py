@@ -24,7 +24,7 @@ from diffcam_fast.stream.profile import Profile
 from diffcam_fast.stream.transfer import Leaving
 from diffcam_kernels import ops
 
-WORKERS = min(8, cpu_count() or 1)
+WORKERS = min(32, cpu_count() or 1)
 # Batches that wait for the caller, and batches of images that wait for the network.
 _DONE, _AHEAD = 2, 2
 # Seconds that are waited at the end for the network, and for who may hang.
