@@ -56,24 +56,31 @@ class Comparison:
     @property
     def lost(self) -> bool:
         """Slower than others by its spread, or, where there is none, by its ratio."""
-        return self.kind != OWN and self.said_slower
-
-    @property
-    def said_slower(self) -> bool:
-        """The same, also beside ours with more to do."""
-        return self.verdict == SLOWER or (self.verdict == NO_SPREAD and self.ratio < 1)
+        below = self.verdict == SLOWER or (self.verdict == NO_SPREAD and self.ratio < 1)
+        return self.kind != OWN and below
 
     @property
     def spread(self) -> str:
-        """The 20th and 80th percentile as text."""
+        """The 20th and 80th percentile as text; empty where there are none."""
         if self.p20 is None or self.p80 is None:
-            return NO_SPREAD
+            return ""
         return f"{figure(self.p20)} - {figure(self.p80)}"
 
     @property
     def shown(self) -> str:
-        """The ratio with its spread."""
-        return f"{figure(self.ratio)} ({self.spread})"
+        """The ratio, with its spread where it has one."""
+        one = figure(self.ratio)
+        return one if self.verdict == NO_SPREAD else f"{one} ({self.spread})"
+
+    @property
+    def beside(self) -> str:
+        """The other side in words."""
+        return "the model without maps" if self.kind == PLAIN else self.other
+
+    @property
+    def hardware(self) -> str:
+        """`CPU`, or the GPU."""
+        return self.where if self.gpu else "CPU"
 
 
 def figure(value: float) -> str:

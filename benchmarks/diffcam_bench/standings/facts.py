@@ -1,4 +1,4 @@
-"""What rows that compare no speeds say, in a line each: coverage, exactness, other libraries' tests."""
+"""What rows that compare no speeds say, in a line each: coverage, exactness, others' tests."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

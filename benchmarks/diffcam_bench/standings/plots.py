@@ -1,14 +1,13 @@
-"""Pictures of the rows: ratios with their spread, kernels under the roof of a copy, and how the cost
-grows.
-"""
+"""Pictures of the rows: ratios with their spread, kernels under the roof of a copy, growing cost."""
 
 import hashlib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
-from diffcam_bench.standings.comparison import OWN, PLAIN, Comparison, Row, number
+from diffcam_bench.standings.comparison import Row, number
 from diffcam_bench.standings.page import Picture
 
 if TYPE_CHECKING:
@@ -17,36 +16,58 @@ if TYPE_CHECKING:
 
 _MARKERS = "os^vDP*Xhd<>p"
 _DIGEST = "diffcam-rows"
+# Beyond that a bar would leave no room for the others.
+_LONGEST = 20.0
 
 
-def bars(found: Sequence[Comparison], name: str, says: str) -> Picture | None:
-    """A bar with its spread for each comparison with others, one colour for each of them."""
+@dataclass(frozen=True)
+class Bar:
+    """A ratio with its spread; None where it has none."""
+
+    label: str
+    beside: str
+    ratio: float
+    low: float | None
+    high: float | None
+
+
+def bars(shown: Sequence[Bar], name: str, says: str, spread: str) -> Picture:
+    """Ratios with their spread, one colour for each other side; long ones are cut and say so."""
     from matplotlib.figure import Figure
 
-    shown = [one for one in found if one.kind != OWN]
-    if not shown:
-        return None
-    colours = {other: f"C{i % 10}" for i, other in enumerate(dict.fromkeys(map(_beside, shown)))}
+    others = [*dict.fromkeys(one.beside for one in shown)]
     figure = Figure(figsize=(9, 0.2 * len(shown) + 1.3), layout="constrained")
     axis = figure.subplots()
     for place, one in enumerate(shown):
-        axis.barh(place, one.ratio - 1, left=1, height=0.7, color=colours[_beside(one)])
-        if one.p20 is not None and one.p80 is not None:
-            axis.plot([one.p20, one.p80], [place, place], color="0.15", linewidth=1.3)
-    _bar_axis(axis, shown)
-    handles = [axis.barh(0, 0, left=1, color=colour, label=o) for o, colour in colours.items()]
-    axis.legend(handles=handles, fontsize=7, loc="best", frameon=False)
-    return Picture(name, says, _png(figure, shown))
+        colour = f"C{others.index(one.beside) % 10}"
+        end = min(one.ratio, _LONGEST)
+        axis.barh(place, end - 1, left=1, height=0.7, color=colour, alpha=0.8)
+        axis.plot(end, place, "o" if one.ratio == end else ">", color=colour, markersize=3.5)
+        if one.ratio > end:
+            axis.text(end * 1.05, place, f"{one.ratio:.0f}", fontsize=7, va="center")
+        if one.low is not None and one.high is not None:
+            ends = [min(one.low, _LONGEST), min(one.high, _LONGEST)]
+            axis.plot(ends, [place, place], color="0.15", linewidth=1.2)
+    _bar_axis(axis, shown, spread)
+    for order, other in enumerate(others):
+        axis.barh(0, 0, left=1, color=f"C{order % 10}", alpha=0.8, label=other)
+    axis.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 1), frameon=True)
+    return Picture(name, says, _png(figure, (shown, spread)))
 
 
-def _bar_axis(axis: "Axes", shown: Sequence[Comparison]) -> None:
+def _bar_axis(axis: "Axes", shown: Sequence[Bar], spread: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    labels = [one.label for one in shown]
+    once = ["" if i and labels[i - 1] == label else label for i, label in enumerate(labels)]
     axis.set_xscale("log")
     axis.axvline(1, color="0.4", linewidth=0.8)
-    axis.set_yticks(range(len(shown)), [one.case for one in shown], fontsize=6.5)
+    axis.set_yticks(range(len(shown)), once, fontsize=6.5)
     axis.set_ylim(len(shown) - 0.4, -0.6)
-    axis.set_xlabel("times as long as ours; line: 20th to 80th percentile", fontsize=8)
+    axis.set_xlabel(f"times as long as ours; dark line: {spread}", fontsize=8)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.xaxis.set_minor_formatter(lambda value, _: "")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -97,9 +118,7 @@ def growth(rows: Sequence[Row], name: str, says: str) -> Picture | None:
     series = [*dict.fromkeys(row["series"] for row in rows)]
     if not series:
         return None
-    figure = Figure(
-        figsize=(9, 3.2 * ceil(len(series) / 3)), layout="constrained"
-    )
+    figure = Figure(figsize=(9, 3.2 * ceil(len(series) / 3)), layout="constrained")
     axes = figure.subplots(ceil(len(series) / 3), min(3, len(series)), squeeze=False, sharey=True)
     for axis, one in zip(axes.flat, series, strict=False):
         _line(axis, [row for row in rows if row["series"] == one])
@@ -154,7 +173,3 @@ def _png(figure: "Figure", data: object) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, dpi=110, format="png", metadata={_DIGEST: digest(data), "Software": None})
     return file.getvalue()
-
-
-def _beside(one: Comparison) -> str:
-    return "the model without maps" if one.kind == PLAIN else one.other

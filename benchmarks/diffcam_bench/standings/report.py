@@ -1,20 +1,21 @@
 """The page of all standings, and its short form for the README."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffcam_bench.rows import read_rows
 from diffcam_bench.standings import plots, studies
-from diffcam_bench.standings.comparison import Comparison, figure
+from diffcam_bench.standings.comparison import OWN, Comparison, figure
 from diffcam_bench.standings.facts import facts
 from diffcam_bench.standings.page import Page, Part, Picture, Section, Table
 from diffcam_bench.standings.reading import KERNELS, comparisons, topics
 from diffcam_bench.standings.short import short_table
 from diffcam_bench.standings.tables import (
-    MANY,
     lost_table,
     more_table,
     sources_table,
+    topic_bars,
     topic_table,
 )
 
@@ -23,9 +24,14 @@ _LEAD = (
     "else: do not edit. A ratio says how many times as long the other side takes; above 1 ours is "
     "faster. It is the median of ratios of rounds in which all take turns, beside their 20th and "
     "80th percentile: **faster** where the 20th is above 1, **slower** where the 80th is below 1, "
-    "**even** between. Where a row has no such percentiles (kernels, whose medians are divided; one "
-    "round alone; a library whose rounds refer to another baseline) it says **no spread**, and no "
-    "verdict is given. The model without maps does less than ours: nobody is faster than that."
+    "**even** between. Where a row has no such percentiles (kernels, whose medians are divided; "
+    "one round alone; a library whose rounds refer to another baseline) it says **no spread**, and "
+    "no verdict is given. The model without maps does less than ours: nobody is faster than that."
+)
+_ROOF = "Bandwidth of each kernel against the bytes that it must move, under that of a plain copy."
+_BOUND = (
+    "A kernel cannot be faster than a copy of what it must move, as long as that is not in the "
+    "cache; small cases are bound by the launch."
 )
 _COMMANDS = (
     "- `diffcam bench methods --write`, `cams --write`, `cams --slow --write`: methods\n"
@@ -64,7 +70,7 @@ def short_form(folder: Path) -> str:
 
 def _lost(found: Sequence[Comparison]) -> list[Part]:
     table = lost_table(found)
-    compared = [one for one in found if one.kind != "own"]
+    compared = [one for one in found if one.kind != OWN]
     said = (
         f"{len(table.rows)} of {len(compared)} comparisons: slower by their spread, or below 1 "
         "without one."
@@ -73,21 +79,22 @@ def _lost(found: Sequence[Comparison]) -> list[Part]:
 
 
 def _topic(topic: str, cases: Sequence[Comparison], folder: Path) -> list[Part]:
-    name = f"standings-{topic.split()[0].lower()}"
+    """A picture and a table for each piece of hardware."""
     parts: list[Part] = []
     if topic == KERNELS:
-        said = "Bandwidth of each kernel against the bytes that it must move, under that of a copy."
-        picture = plots.roofline(read_rows(folder / "kernels.csv"), f"{name}-roof", said)
-        parts += [
-            *([picture] if picture else []),
-            "A kernel cannot be faster than a copy of what it must move, as long as that is not in "
-            "the cache; small cases are bound by the launch.",
-        ]
-    elif len(cases) <= MANY:
-        said = f"{topic}: how many times as long others take, with spread, case by case."
-        picture = plots.bars(cases, name, said)
-        parts += [picture] if picture else []
-    return [*parts, topic_table(cases)]
+        picture = plots.roofline(read_rows(folder / "kernels.csv"), "standings-roof", _ROOF)
+        parts += [picture, _BOUND] if picture else []
+    for hardware in dict.fromkeys(one.hardware for one in cases):
+        mine = [one for one in cases if one.hardware == hardware and one.kind != OWN]
+        if mine:
+            name = _slug("standings", topic.split()[0], hardware)
+            says = f"{topic}, {hardware}: how many times as long others take."
+            parts += [topic_bars(mine, name, says), topic_table(mine)]
+    return parts
+
+
+def _slug(*words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
 
 
 def _more(found: Sequence[Comparison], folder: Path) -> list[Part]:

@@ -17,8 +17,6 @@ from diffcam_bench.standings.comparison import (
 )
 from diffcam_bench.standings.page import Table
 
-_PLAIN = "the model without maps"
-
 
 @dataclass(frozen=True)
 class Line:
@@ -58,7 +56,9 @@ class Line:
         said = [f"{counts[name]} {name}" for name in (FASTER, EVEN, SLOWER) if counts[name]]
         if counts[NO_SPREAD]:
             below = sum(one.ratio < 1 for one in self.cases if one.verdict == NO_SPREAD)
-            said.append(f"{counts[NO_SPREAD]} {NO_SPREAD}" + (f" ({below} below 1)" if below else ""))
+            said.append(
+                f"{counts[NO_SPREAD]} {NO_SPREAD}" + (f" ({below} below 1)" if below else "")
+            )
         return ", ".join(said)
 
 
@@ -67,9 +67,7 @@ def lines(found: Sequence[Comparison]) -> list[Line]:
     groups: dict[tuple[str, bool, str, str], list[Comparison]] = {}
     for one in found:
         if one.kind != OWN:
-            plain = one.kind == PLAIN
-            beside = _PLAIN if plain else one.other
-            key = (one.topic, plain, beside, one.where if one.gpu else "CPU")
+            key = (one.topic, one.kind == PLAIN, one.beside, one.hardware)
             groups.setdefault(key, []).append(one)
     order = [*dict.fromkeys(topic for topic, *_ in groups)]
     return [

@@ -1,7 +1,6 @@
 """The studies of fidelity and of fooled maps, in short."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -64,7 +63,7 @@ def sham(folder: Path) -> list[Part]:
         "How like the honest network's map the map of a network is that was trained to show "
         "another (mean Pearson correlation over networks, seeds and classes attacked).",
         Table(("arm", *looks), table),
-        f"Each contrast in its worst arm and network: {ruled}.",
+        f"In each contrast's worst arm and network: {ruled}",
     ]
 
 
@@ -80,7 +79,7 @@ def in_a_line(folder: Path) -> list[str]:
                 )
     said = [part for part in sham(folder)[2:] if isinstance(part, str)]
     return made + [
-        f"**Fooled networks**, likeness to the honest map (1 is the same). {text} "
+        f"**Fooled networks**, likeness to the honest map, 1 being the same. {text} "
         "([docs/robustness.md](docs/robustness.md))."
         for text in said
     ]
