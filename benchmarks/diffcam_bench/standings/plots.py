@@ -1,4 +1,4 @@
-"""Pictures of the rows: ratios with their spread, kernels under the roof of a copy, growing cost."""
+"""Pictures of the rows: ratios with spread, kernels under the roof of a copy, growing cost."""
 
 import hashlib
 import io

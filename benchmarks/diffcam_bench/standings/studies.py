@@ -1,14 +1,14 @@
 """The studies of fidelity and of fooled maps, in short."""
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 from diffcam_bench.fidelity_entries import BASELINE, CONTROLS
 from diffcam_bench.fidelity_report import by_entry, verdict
-from diffcam_bench.rows import read_rows
+from diffcam_bench.rows import Row, read_rows
 from diffcam_bench.sham.verdict import standings
-from diffcam_bench.standings.comparison import Row
 from diffcam_bench.standings.page import Part, Table
 
 
@@ -27,14 +27,14 @@ def fidelity(folder: Path) -> list[Part]:
     return parts
 
 
-def sides(metrics: dict[str, "Row"]) -> tuple[str, str]:
+def sides(metrics: Mapping[str, Row]) -> tuple[str, str]:
     """The metrics by which a method wins, and those by which it loses, as text."""
     told = {metric: verdict(row) for metric, row in metrics.items() if _counts(metric)}
     won, lost = (
         [metric.replace("_", " ") for metric, side in told.items() if side == wanted]
         for wanted in (1, -1)
     )
-    return tuple(f"{len(names)}: {', '.join(names)}" if names else "0" for names in (won, lost))
+    return _counted(won), _counted(lost)
 
 
 def sham(folder: Path) -> list[Part]:
@@ -83,6 +83,10 @@ def in_a_line(folder: Path) -> list[str]:
         "([docs/robustness.md](docs/robustness.md))."
         for text in said
     ]
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)}: {', '.join(names)}" if names else "0"
 
 
 def _name(entry: str) -> str:
