@@ -4,12 +4,18 @@
 
 import re
 
+import click
+
+
+class MissingBlockError(click.ClickException):
+    """A document lacks the markers that something is to be written between."""
+
 
 def block(text: str, name: str) -> str:
     """What stands in a block, without the space around it.
 
     Raises:
-        ValueError: the document has no such block.
+        MissingBlockError: the document has no such block.
 
     Example:
         >>> block("a <!-- x: begin, from x.csv -->b<!-- x: end --> c", "x")
@@ -22,7 +28,7 @@ def replaced(text: str, name: str, body: str) -> str:
     r"""The document with something else in a block; its markers stay.
 
     Raises:
-        ValueError: the document has no such block.
+        MissingBlockError: the document has no such block.
 
     Example:
         >>> replaced("a\n<!-- x: begin -->\n\nold\n\n<!-- x: end -->\n", "x", "new")
@@ -42,7 +48,9 @@ def without_blocks(text: str) -> str:
 def _found(text: str, name: str) -> re.Match[str]:
     found = re.search(_pattern(re.escape(name)), text, flags=re.DOTALL)
     if found is None:
-        raise ValueError(f"there is no block <!-- {name}: begin --> ... <!-- {name}: end -->")
+        raise MissingBlockError(
+            f"there is no block <!-- {name}: begin --> ... <!-- {name}: end -->"
+        )
     return found
 
 

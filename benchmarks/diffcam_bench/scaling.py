@@ -116,13 +116,10 @@ def measure(
 def _alternated(
     network: nn.Module, images: Tensor, every: Sequence[Point], rounds: int
 ) -> Iterator[Measured]:
-    made = {
-        f"{one.series} {one.value}": (
-            one,
-            Explainer(network, layer=one.layer, example_inputs=images),
-        )
-        for one in every
-    }
+    def explainer_of(one: Point) -> Explainer:
+        return Explainer(network, layer=one.layer, example_inputs=images)
+
+    made = {f"{one.series} {one.value}": (one, explainer_of(one)) for one in every}
     backends = {name: _checked(explainer, images, one) for name, (one, explainer) in made.items()}
     cases: dict[str, Callable[[], object]] = {
         name: lambda one=one, explainer=explainer: _waited(  # type: ignore[misc]

@@ -39,6 +39,8 @@ def all_of_it(report: Path | None, check: bool) -> None:
 
     results = results_folder()
     made, root = page(results), results.parents[1]
+    if not made.sections:
+        raise click.ClickException(f"{results} has no rows: this reads those of a checkout")
     if check:
         stale = _stale(made, short_form(results), root)
         for line in stale:
@@ -50,8 +52,7 @@ def all_of_it(report: Path | None, check: bool) -> None:
     elif report == Path():
         _write(made, root / "docs")
         readme = root / "README.md"
-        text = readme.read_text(encoding="utf-8")
-        _put(readme, replaced(text, BLOCK, short_form(results)).encode())
+        _put(readme, replaced(_read(readme), BLOCK, short_form(results)).encode())
     else:
         _write(made, report)
 
@@ -66,6 +67,11 @@ def _write(made: "Page", folder: Path) -> None:
     _put(folder / "standings.html", made.html().encode())
 
 
+def _read(path: Path) -> str:
+    """The text of a document; nothing where there is none."""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 def _put(path: Path, content: bytes) -> None:
     with atomic_write(path) as file:
         file.write(content)
@@ -78,8 +84,8 @@ def _stale(made: "Page", short: str, root: Path) -> list[str]:
 
     document, readme = root / "docs" / "standings.md", root / "README.md"
     found = stale_pictures(made.pictures, document.parent / "images")
-    if not document.exists() or document.read_text(encoding="utf-8") != made.markdown():
+    if _read(document) != made.markdown():
         found.append(document)
-    if block(readme.read_text(encoding="utf-8"), BLOCK) != short.strip():
+    if block(_read(readme), BLOCK) != short.strip():
         found.append(readme)
     return [f"{path} is not what the rows say: diffcam bench all --report" for path in found]

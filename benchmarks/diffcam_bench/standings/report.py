@@ -48,17 +48,17 @@ def page(folder: Path) -> Page:
     """Everything that the CSV files of a folder say."""
     found = comparisons(folder)
     sections = [
-        Section("In short", [short_table(found)]),
-        Section("Where ours is not faster", _lost(found)),
+        Section("In short", [short_table(found)] if found else []),
+        Section("Where ours is not faster", _lost(found) if found else []),
         *(Section(topic, _topic(topic, cases, folder)) for topic, cases in topics(found).items()),
         Section("More than one map of the last layer", _more(found, folder)),
         Section("Networks, files, tests", _listed(facts(folder))),
         Section("Fidelity", studies.fidelity(folder)),
         Section("Fooled networks", studies.sham(folder)),
-        Section("Machines and versions", [sources_table(found)]),
-        Section("Measured by", [_COMMANDS]),
+        Section("Machines and versions", [sources_table(found)] if found else []),
     ]
-    return Page("Standings", _LEAD, [one for one in sections if one.parts])
+    filled = [one for one in sections if one.parts]
+    return Page("Standings", _LEAD, filled and [*filled, Section("Measured by", [_COMMANDS])])
 
 
 def short_form(folder: Path) -> str:
@@ -101,11 +101,7 @@ def _more(found: Sequence[Comparison], folder: Path) -> list[Part]:
     rows = read_rows(folder / "scaling.csv")
     said = "Cost over a plain forward pass, with spread, as targets, layers and images grow."
     picture = plots.growth(rows, "standings-scaling", said)
-    parts: list[Part] = [picture] if picture else []
-    if rows:
-        parts.append(_growth_table(rows))
-    else:
-        parts.append("Of targets, layers and sizes there are no rows yet.")
+    parts: list[Part] = [picture, _growth_table(rows)] if picture else []
     more = more_table(found)
     told = "Beside one map of the last layer by ours, in the same rounds:"
     return [*parts, told, more] if more.rows else parts
