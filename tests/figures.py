@@ -18,9 +18,7 @@ from pathlib import Path
 from diffcam_bench.blocks import without_blocks
 
 _NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
-_UNIT = (
-    r"(?:%|x(?! ?\d)|ms|us|s|seconds|minutes|hours|images/s|bytes|[kKMGT]B|[KMG]iB|[MG]B/s|times)(?![\w/])"
-)
+_UNIT = r"(?:%|x(?! ?\d)|ms|us|s|seconds|minutes|hours|images/s|bytes|[kKMGT]B|[KMG]iB|[MG]B/s|times)(?![\w/])"
 _FIGURE = re.compile(
     rf"(?<![\w.,/-])(?:(?P<low>-?{_NUMBER}) (?:to|-|and) )?(?P<number>-?{_NUMBER})"
     rf"(?: ?(?P<unit>{_UNIT}))?"

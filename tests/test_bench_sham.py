@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from scipy import stats
 
+from diffcam_bench.blocks import block
 from diffcam_bench.cli import bench
 from diffcam_bench.rows import read_rows
 from diffcam_bench.sham import honest as sham_honest

@@ -10,7 +10,7 @@ from diffcam_bench.standings.comparison import OWN, Comparison, figure
 from diffcam_bench.standings.facts import facts
 from diffcam_bench.standings.page import Page, Part, Picture, Section, Table
 from diffcam_bench.standings.reading import KERNELS, comparisons, topics
-from diffcam_bench.standings.short import short_table
+from diffcam_bench.standings.short import machines, short_table
 from diffcam_bench.standings.tables import (
     lost_table,
     more_table,
@@ -64,7 +64,8 @@ def page(folder: Path) -> Page:
 def short_form(folder: Path) -> str:
     """The block of the README."""
     found = comparisons(folder)
-    said = [*facts(folder)[:2], *studies.in_a_line(folder)]
+    measured = f"**Measured on** {machines(found)}; versions are on the page, with every case."
+    said = [*facts(folder)[:2], *studies.in_a_line(folder), measured]
     return "\n\n".join([short_table(found).markdown(), *_listed(said)])
 
 

@@ -41,8 +41,9 @@ class Line:
 
     @property
     def best(self) -> Comparison:
-        """The case in which ours does best."""
-        return max(self.cases, key=lambda one: one.ratio)
+        """The case in which ours does best; of those without a spread only where none has one."""
+        sure = [one for one in self.cases if one.verdict != NO_SPREAD]
+        return max(sure or self.cases, key=lambda one: one.ratio)
 
     @property
     def middle(self) -> float:
@@ -76,6 +77,11 @@ def lines(found: Sequence[Comparison]) -> list[Line]:
             groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])
         )
     ]
+
+
+def machines(found: Sequence[Comparison]) -> str:
+    """Processors and GPUs, each once."""
+    return ", ".join(dict.fromkeys(one.where for one in found))
 
 
 def short_table(found: Sequence[Comparison]) -> Table:
