@@ -1,7 +1,7 @@
 """Figures in documents, and whether a committed row has them.
 
-A figure is a decimal, a power of ten or a number with a unit, outside of code, links and blocks that
-are made from rows. Its paragraph (what stands between empty lines, a table too) names the CSV file
+A figure is a decimal, a power of ten or a number with a unit, outside of code, links and blocks
+that are made from rows. Its paragraph (what stands between empty lines, a table too) names the CSV file
 that has it, in a link, in the text or in a comment; or it says in a comment why it needs none:
 
     <!-- figures: 0.60, 110 kB: assumed for the example -->
@@ -18,7 +18,10 @@ from pathlib import Path
 from diffcam_bench.blocks import without_blocks
 
 _NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
-_UNIT = r"(?:%|x(?! ?\d)|ms|us|s|seconds|minutes|hours|images/s|bytes|[kKMGT]B|[KMG]iB|[MG]B/s|times)(?![\w/])"
+_UNIT = (
+    r"(?:%|x(?! ?\d)|ms|us|s|seconds|minutes|hours|images/s|bytes|times"
+    r"|[kKMGT]B|[KMG]iB|[MG]B/s)(?![\w/])"
+)
 _FIGURE = re.compile(
     rf"(?<![\w.,/-])(?:(?P<low>-?{_NUMBER}) (?:to|-|and) )?(?P<number>-?{_NUMBER})"
     rf"(?: ?(?P<unit>{_UNIT}))?"

@@ -228,10 +228,11 @@ def lost_ones() -> list[object]:
 
 
 def test_blocks() -> None:
-    text = "a\n<!-- x: begin, from x.csv -->\n1.5\n<!-- x: end -->\nb <!-- y: begin -->2<!-- y: end -->"
+    text = "a\n<!-- x: begin, from x.csv -->\n1.5\n<!-- x: end -->\n"
+    text += "b <!-- y: begin -->2<!-- y: end -->"
     assert block(text, "x") == "1.5" and block(text, "y") == "2"
     assert block(replaced(text, "x", "new"), "x") == "new"
-    assert without_blocks(text) == "a\n\n\nb "
+    assert without_blocks(text) == "a\n\n\n\nb "
     with pytest.raises(MissingBlockError, match="z: begin"):
         block(text, "z")
 
