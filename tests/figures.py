@@ -1,8 +1,8 @@
 """Figures in documents, and whether a committed row has them.
 
 A figure is a decimal, a power of ten or a number with a unit, outside of code, links and blocks
-that are made from rows. Its paragraph (what stands between empty lines, a table too) names the CSV file
-that has it, in a link, in the text or in a comment; or it says in a comment why it needs none:
+that are made from rows. Its paragraph (what stands between empty lines, a table too) names the CSV
+file that has it, in a link, in the text or in a comment; or a comment says why it needs none:
 
     <!-- figures: 0.60, 110 kB: assumed for the example -->
 """

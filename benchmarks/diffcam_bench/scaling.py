@@ -116,10 +116,11 @@ def measure(
 def _alternated(
     network: nn.Module, images: Tensor, every: Sequence[Point], rounds: int
 ) -> Iterator[Measured]:
-    def explainer_of(one: Point) -> Explainer:
-        return Explainer(network, layer=one.layer, example_inputs=images)
-
-    made = {f"{one.series} {one.value}": (one, explainer_of(one)) for one in every}
+    explainers = {
+        layer: Explainer(network, layer=layer, example_inputs=images)
+        for layer in dict.fromkeys(one.layer for one in every)
+    }
+    made = {f"{one.series} {one.value}": (one, explainers[one.layer]) for one in every}
     backends = {name: _checked(explainer, images, one) for name, (one, explainer) in made.items()}
     cases: dict[str, Callable[[], object]] = {
         name: lambda one=one, explainer=explainer: _waited(  # type: ignore[misc]

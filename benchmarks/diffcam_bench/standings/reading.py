@@ -45,11 +45,12 @@ class Layout:
     over: str = "ours"
 
     def comparisons(self, rows: Sequence[Row]) -> Iterator[Comparison]:
-        """All that the rows compare."""
+        """All that the rows compare; a row without a ratio compares nothing."""
         runs: dict[tuple[str, ...], list[Row]] = {}
         for row in rows:
-            key = tuple(row.get(column) or "" for column in (*self.case, *_RUN))
-            runs.setdefault(key, []).append(row)
+            if row.get(self.ratio):
+                key = tuple(row.get(column) or "" for column in (*self.case, *_RUN))
+                runs.setdefault(key, []).append(row)
         for run in runs.values():
             if self.over == "itself":
                 yield from (self._made(row, PLAIN, PLAIN, invert=True) for row in run)
@@ -112,9 +113,7 @@ class Layout:
         )
 
     def _ratio(self, row: Row) -> tuple[float, float | None, float | None]:
-        ratio = number(row, self.ratio)
-        if ratio is None:
-            raise ValueError(f"{self.file}.csv: no {self.ratio} in the row of {row.get('name')}")
+        ratio = float(row[self.ratio])
         # One round has no spread, though its percentiles are numbers.
         if number(row, "rounds") == 1:
             return ratio, None, None
