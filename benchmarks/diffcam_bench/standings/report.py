@@ -33,6 +33,10 @@ _BOUND = (
     "A kernel cannot be faster than a copy of what it must move, as long as that is not in the "
     "cache; small cases are bound by the launch."
 )
+_BEST = (
+    "Of all cases the one in which ours does worst, the one in the middle, and the one in which it "
+    "does best among those that have a spread, where any has."
+)
 _COMMANDS = (
     "- `diffcam bench methods --write`, `cams --write`, `cams --slow --write`: methods\n"
     "- `diffcam bench engine --write`, `endurance --write`: streams of images\n"
@@ -48,7 +52,7 @@ def page(folder: Path) -> Page:
     """Everything that the CSV files of a folder say."""
     found = comparisons(folder)
     sections = [
-        Section("In short", [short_table(found)] if found else []),
+        Section("In short", [_BEST, short_table(found)] if found else []),
         Section("Where ours is not faster", _lost(found) if found else []),
         *(Section(topic, _topic(topic, cases, folder)) for topic, cases in topics(found).items()),
         Section("More than one map of the last layer", _more(found, folder)),
@@ -64,7 +68,7 @@ def page(folder: Path) -> Page:
 def short_form(folder: Path) -> str:
     """The block of the README."""
     found = comparisons(folder)
-    measured = f"**Measured on** {machines(found)}; versions are on the page, with every case."
+    measured = f"**Measured on** {machines(found)}. Versions are on the page, with every case."
     said = [*facts(folder)[:2], *studies.in_a_line(folder), measured]
     return "\n\n".join([short_table(found).markdown(), *_listed(said)])
 

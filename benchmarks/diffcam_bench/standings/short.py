@@ -81,7 +81,7 @@ def lines(found: Sequence[Comparison]) -> list[Line]:
 
 def machines(found: Sequence[Comparison]) -> str:
     """Processors and GPUs, each once."""
-    return ", ".join(dict.fromkeys(one.where for one in found))
+    return "; ".join(dict.fromkeys(one.where for one in found))
 
 
 def short_table(found: Sequence[Comparison]) -> Table:
