@@ -51,6 +51,7 @@ setup(
         "diffcam_fast.outputs": ["*.html"],
         "diffcam_export": ["py.typed"],
         "diffcam_bench": ["py.typed"],
+        "diffcam_bench.standings": ["*.html"],
     },
     install_requires=[
         "click>=8.1",

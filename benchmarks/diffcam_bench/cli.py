@@ -16,7 +16,9 @@ from diffcam_bench.engine_cli import endurance, engine, engine_gpu
 from diffcam_bench.fidelity_cli import fidelity, photographs
 from diffcam_bench.onnx_cli import onnx, onnx_cost, onnx_peers
 from diffcam_bench.rows import read_rows, results_folder, write_rows
+from diffcam_bench.scaling_cli import scaling
 from diffcam_bench.sham_cli import sham
+from diffcam_bench.standings_cli import all_of_it
 
 if TYPE_CHECKING:
     from diffcam_bench.kernels import Case
@@ -28,6 +30,7 @@ def bench() -> None:
 
 
 for command in (
+    all_of_it,
     cams,
     endurance,
     engine,
@@ -38,6 +41,7 @@ for command in (
     onnx_peers,
     peer_suites,
     photographs,
+    scaling,
     sham,
 ):
     bench.add_command(command)

@@ -1,0 +1,1 @@
+"""What the committed rows say, on one page: every comparison, wins and losses alike."""
