@@ -87,17 +87,23 @@ def onnx(
     show_default=True,
     help="Of ONNX Runtime.",
 )
+@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="JSON lines instead of a table.")
-@click.option("--write", is_flag=True, help="Keep the rows as benchmarks/results/onnx_cost.csv.")
+@click.option(
+    "--write",
+    is_flag=True,
+    help="Keep the rows as benchmarks/results/onnx_cost.csv, on CUDA onnx_cost_gpu.csv.",
+)
 def onnx_cost(
     only: str | None,
     rounds: int,
     batches: tuple[int, ...],
     threads: int,
+    device: str,
     as_json: bool,
     write: bool,
 ) -> None:
-    """Latency with maps over latency without, in ONNX Runtime on the CPU.
+    """Latency with maps over latency without, in ONNX Runtime.
 
     ResNet-50 and EfficientNet-B0 in the closed form, ResNet-50 at layer3 with the gradient, beside
     what its multiplications account for. Exit status 1 where a file costs more than it should.
@@ -105,7 +111,8 @@ def onnx_cost(
     from diffcam_bench.onnx_cost import costs
 
     rows, complaints = [], []
-    for cost in costs(rounds=rounds, threads=threads, text=only, batches=batches):
+    cuda = device == "cuda"
+    for cost in costs(rounds=rounds, threads=threads, text=only, batches=batches, cuda=cuda):
         rows.append(cost.row(threads=threads))
         complaints += cost.complaints()
         if as_json:
@@ -118,7 +125,7 @@ def onnx_cost(
         )
     if not rows:
         raise click.UsageError(f"no case has {only!r} in its name")
-    _keep(rows, "onnx_cost.csv", write=write)
+    _keep(rows, "onnx_cost_gpu.csv" if cuda else "onnx_cost.csv", write=write)
     for line in complaints:
         click.echo(line, err=True)
     if complaints:

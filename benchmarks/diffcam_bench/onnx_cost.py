@@ -1,4 +1,4 @@
-"""`diffcam bench onnx-cost`: what maps cost in ONNX Runtime on the CPU, beside the plain model."""
+"""`diffcam bench onnx-cost`: what maps cost in ONNX Runtime, beside the plain model."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,6 +33,9 @@ LARGEST_OVER_FLOPS = 1.15
 # A short run says little: so many times the rounds at batch 1.
 _MORE_ROUNDS = 4
 _TOLERANCE = 1e-4
+# Maps are compared in float32; what is timed is what a user gets, who sets nothing.
+EXACT = ("CUDAExecutionProvider", {"use_tf32": "0"})
+CUDA = ("CUDAExecutionProvider",)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Cost:
         added_nodes: of the CAM head.
         added_bytes: of the file, over the plain model written the same way.
         error: of the maps, to the engine in PyTorch.
+        gpu: its name; empty: it ran on the CPU.
     """
 
     model: str
@@ -72,10 +76,13 @@ class Cost:
     added_nodes: int
     added_bytes: int
     error: float
+    gpu: str = ""
 
     def row(self, *, threads: int) -> dict[str, object]:
         """Its columns, with where they come from."""
         shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in vars(self).items()}
+        if not self.gpu:
+            del shown["gpu"]
         return {**shown, **provenance("torchvision", "onnx", "onnxruntime", threads=threads)}
 
     def complaints(self) -> list[str]:
@@ -110,7 +117,12 @@ class ParityError(ValueError):
 
 
 def costs(
-    *, rounds: int, threads: int, text: str | None = None, batches: tuple[int, ...] = BATCHES
+    *,
+    rounds: int,
+    threads: int,
+    text: str | None = None,
+    batches: tuple[int, ...] = BATCHES,
+    cuda: bool = False,
 ) -> Iterator[Cost]:
     """Exports each case, compares its maps with PyTorch's, and times it beside the plain model.
 
@@ -119,6 +131,7 @@ def costs(
         threads: of ONNX Runtime.
         text: only cases whose model and layer hold it.
         batches: sizes to time.
+        cuda: on the GPU, in place of the CPU.
 
     Raises:
         ParityError: the maps differ from PyTorch's; nothing of that file was timed.
@@ -131,14 +144,17 @@ def costs(
         size = size_of(model, network)
         images = torch.randn(max(batches), 3, *size, generator=torch.Generator().manual_seed(1))
         with tempfile.TemporaryDirectory() as folder:
-            pair = _pair(network, layer, images, Path(folder, "explained.onnx"), threads)
+            pair = _pair(network, layer, images, Path(folder, "explained.onnx"), threads, cuda)
             for batch in batches:
-                yield _cost(model, pair, images[:batch], rounds, threads)
+                yield _cost(model, pair, images[:batch], rounds, threads, cuda)
 
 
-def _pair(network: nn.Module, layer: str | None, images: Tensor, path: Path, threads: int) -> _Pair:
+def _pair(
+    network: nn.Module, layer: str | None, images: Tensor, path: Path, threads: int, cuda: bool
+) -> _Pair:
     done = export_onnx(network, path, layer=layer, example_inputs=images[:2], verify=False)
-    got = OnnxExplainer(path, providers=list(CPU), threads=threads)(images[:2])
+    providers = [EXACT] if cuda else list(CPU)
+    got = OnnxExplainer(path, providers=providers, strict=True, threads=threads)(images[:2]).cpu()
     expected = Explainer(network, layer=done.layers[0], example_inputs=images[:2])
     error = relative_error(got.maps, expected(images[:2], got.targets).maps.double())
     if not error <= _TOLERANCE:
@@ -154,10 +170,17 @@ def _pair(network: nn.Module, layer: str | None, images: Tensor, path: Path, thr
     return _Pair(done, plain, count(path) / count(beside), error)
 
 
-def _cost(model: str, pair: _Pair, images: Tensor, rounds: int, threads: int) -> Cost:
+def _cost(model: str, pair: _Pair, images: Tensor, rounds: int, threads: int, cuda: bool) -> Cost:
     batch, path = len(images), pair.done.path
     rounds = rounds * _MORE_ROUNDS if batch == 1 else rounds
-    plain, explained = latencies(path, pair.plain.model, images, rounds=rounds, threads=threads)
+    plain, explained = latencies(
+        path,
+        pair.plain.model,
+        images,
+        rounds=rounds,
+        threads=threads,
+        providers=CUDA if cuda else CPU,
+    )
     return Cost(
         model=model,
         layer=pair.done.layers[0],
@@ -174,4 +197,5 @@ def _cost(model: str, pair: _Pair, images: Tensor, rounds: int, threads: int) ->
         added_nodes=pair.done.added_nodes,
         added_bytes=path.stat().st_size - pair.plain.bytes,
         error=pair.error,
+        gpu=torch.cuda.get_device_name() if cuda else "",
     )

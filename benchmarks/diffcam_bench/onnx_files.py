@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffcam_bench.measure import Timing, alternate
 from diffcam_export.running import run
-from diffcam_export.session import Opened, open_session
+from diffcam_export.session import Opened, Provider, open_session
 
 CPU = ("CPUExecutionProvider",)
 # What the exporter takes where nothing is asked, so that the conversion to 18 runs as well.
@@ -73,7 +73,13 @@ def value_of(path: Path, name: str, images: Tensor, *, threads: int) -> np.ndarr
 
 
 def latencies(
-    explained: Path, plain: Path | bytes, images: Tensor, *, rounds: int, threads: int
+    explained: Path,
+    plain: Path | bytes,
+    images: Tensor,
+    *,
+    rounds: int,
+    threads: int,
+    providers: Sequence[Provider] = CPU,
 ) -> list[Timing]:
     """Of a plain file and of the explained one, all outputs of each, alternating.
 
@@ -83,6 +89,7 @@ def latencies(
         images: (N, C, H, W).
         rounds: timed rounds.
         threads: of ONNX Runtime.
+        providers: of ONNX Runtime; on CUDA images and outputs stay on the device.
 
     Returns:
         `plain` and `explained`; ratios are over `plain`.
@@ -92,7 +99,8 @@ def latencies(
     for name, model in (("plain", plain), ("explained", explained)):
         opened = open_session(
             model,
-            providers=CPU,
+            providers=providers,
+            strict=True,
             threads=threads,
             settings=beside if isinstance(model, bytes) else None,
         )
@@ -102,7 +110,7 @@ def latencies(
 
 def runner(opened: Opened, images: Tensor) -> Callable[[], Sequence[Tensor]]:
     """A call that computes all outputs of a session."""
-    feeds = _feeds(opened, images)
+    feeds = _feeds(opened, images.to(opened.device))
     names = [value.name for value in opened.session.get_outputs()]
     return lambda: run(opened, feeds, names)
 
