@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--threads", type=click.IntRange(min=1), default=None, help="Of torch; default: all processors."
 )
+@click.option("--device", default=None, help="Of the networks.  [default: cuda where there is one]")
 @click.option("--quick", is_flag=True, help="A minute: too little for any conclusion.")
 @click.option(
     "--pictures",
@@ -46,6 +47,7 @@ def sham(
     arms: str | None,
     seeds: int,
     threads: int | None,
+    device: str | None,
     quick: bool,
     pictures: Path | None,
     as_json: bool,
@@ -69,8 +71,11 @@ def sham(
         raise click.UsageError("rows of --quick mean nothing beside real ones; leave --write out")
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # As on the CPU: whoever fools a network on purpose does not want noise.
+    torch.backends.cudnn.allow_tf32 = False
     study = Study(
-        _read(data),
+        replace(_read(data), device=device),
         networks=_chosen("--networks", networks, tuple(NETWORKS)),
         arms=_chosen("--arms", arms, ARMS),
         seeds=range(seeds),

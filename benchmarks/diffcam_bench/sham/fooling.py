@@ -50,10 +50,10 @@ class Hoax:
         }[self.name](maps, honest)
 
     def _location(self, maps: Tensor, honest: Tensor) -> Tensor:
-        return (border(*maps.shape[1:]) - _rectified(maps)).square().mean()
+        return (border(*maps.shape[1:]).to(maps) - _rectified(maps)).square().mean()
 
     def _sham(self, maps: Tensor, honest: Tensor) -> Tensor:
-        return (self.target - _scaled(maps)).square().mean()
+        return (self.target.to(maps) - _scaled(maps)).square().mean()
 
 
 def _nothing(maps: Tensor, honest: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ def _centre_of_mass(maps: Tensor, honest: Tensor) -> Tensor:
 def _centres(maps: Tensor) -> Tensor:
     height, width = maps.shape[1:]
     mass = maps.sum((1, 2)) + 1e-8
-    down = (maps.sum(2) * torch.linspace(0, 1, height)).sum(1) / mass
-    right = (maps.sum(1) * torch.linspace(0, 1, width)).sum(1) / mass
+    down = (maps.sum(2) * torch.linspace(0, 1, height, device=maps.device)).sum(1) / mass
+    right = (maps.sum(1) * torch.linspace(0, 1, width, device=maps.device)).sum(1) / mass
     return torch.stack([down, right], 1)
 
 
@@ -117,7 +117,8 @@ def chosen_classes(which: str, logits: Tensor, labels: Tensor, random: torch.Gen
         return labels
     if which == "predicted":
         return logits.argmax(1)
-    return torch.randint(logits.shape[1], (len(logits),), generator=random)
+    drawn = torch.randint(logits.shape[1], (len(logits),), generator=random)
+    return drawn.to(logits.device)
 
 
 def fool(

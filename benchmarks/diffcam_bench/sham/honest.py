@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffcam_bench.rows import provenance
+from diffcam_bench.rows import machine, provenance
 from diffcam_bench.sham.fooling import ADAPTIVE, ATTACKED, KEPT, WEIGHTS, Hoax, fool
 from diffcam_bench.sham.grid import grid
 from diffcam_bench.sham.hoaxes import entropy, hoax, similarities
@@ -57,10 +57,10 @@ class Honest:
     def train(cls, name: str, seed: int, pictures: Pictures, sizes: Sizes) -> "Honest":
         """Trains it; the hoax has the entropy of its maps."""
         torch.manual_seed(seed)
-        network = NETWORKS[name](pictures.classes)
+        network = NETWORKS[name](pictures.classes).to(pictures.device)
         _train(network, pictures, sizes, seed)
-        images = planes(pictures.test[: sizes.images])
-        labels = torch.from_numpy(pictures.test_labels[: sizes.images]).long()
+        images = planes(pictures.test[: sizes.images], pictures.device)
+        labels = torch.from_numpy(pictures.test_labels[: sizes.images]).long().to(images.device)
         with torch.no_grad():
             classes = network(images).argmax(1)
         maps = {look: _explained(network, images, classes, *look) for look in LOOKS}
@@ -85,9 +85,14 @@ class Honest:
                 break
         return network, weight
 
+    @property
+    def _machine(self) -> dict[str, str]:
+        on_gpu = self.images.is_cuda
+        return {"machine": f"{torch.cuda.get_device_name()}, {machine()}"} if on_gpu else {}
+
     def _kept(self, network: Classifier) -> float:
         """The share of training pictures that are decided as before."""
-        images = planes(self.pictures.train[: self.sizes.images])
+        images = planes(self.pictures.train[: self.sizes.images], self.pictures.device)
         with torch.no_grad():
             return _share(network(images).argmax(1), self.network(images).argmax(1))
 
@@ -126,7 +131,7 @@ class Honest:
                 row |= _interval(name, values, self.seed)
             row["hoax_cells"] = int(self.target.sum())
             row["images"] = len(maps)
-            yield row | provenance(threads=torch.get_num_threads())
+            yield row | provenance(threads=torch.get_num_threads()) | self._machine
 
 
 def _interval(name: str, values: np.ndarray, seed: int) -> dict[str, str]:
@@ -154,7 +159,7 @@ def _explained(
         # Eigen-CAM has no target.
         targets = None if method == "eigen_cam" else classes[part, None]
         made.append(explainer(images[part], targets).maps[:, 0].detach())
-    return torch.cat(made)
+    return torch.cat(made).cpu()
 
 
 def _share(one: Tensor, other: Tensor) -> float:

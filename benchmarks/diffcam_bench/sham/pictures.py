@@ -14,12 +14,13 @@ from diffcam_export.cache import digest_of_images
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of few classes: uint8 (N, H, W, 3), and labels (N,)."""
+    """Pictures of few classes: uint8 (N, H, W, 3), and labels (N,); and where networks see them."""
 
     train: np.ndarray
     train_labels: np.ndarray
     test: np.ndarray
     test_labels: np.ndarray
+    device: str = "cpu"
 
     @classmethod
     def read(cls, path: Path) -> "Pictures":
@@ -80,20 +81,22 @@ class Sizes:
         return f"{self.epochs} epochs, {self.steps} steps of {self.batch}, {self.images} images"
 
 
-def planes(pictures: np.ndarray) -> Tensor:
+def planes(pictures: np.ndarray, device: str) -> Tensor:
     """(N, 3, H, W), about in [-2, 2]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(64).sub(2).contiguous()
+    moved = torch.from_numpy(pictures).to(device)
+    return moved.permute(0, 3, 1, 2).float().div(64).sub(2).contiguous()
 
 
 def batches(pictures: Pictures, sizes: Sizes, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Without end: shuffled, half of them mirrored."""
     random = torch.Generator().manual_seed(seed)
-    images = planes(pictures.train)
-    labels = torch.from_numpy(pictures.train_labels).long()
+    images = planes(pictures.train, pictures.device)
+    labels = torch.from_numpy(pictures.train_labels).long().to(images.device)
     while True:
         order = torch.randperm(len(images), generator=random)
         for part in torch.split(order, sizes.batch):
-            batch = images[part]
-            mirrored = torch.rand(len(batch), generator=random) < 0.5
+            # Drawn on the host, the same on every device.
+            mirrored = (torch.rand(len(part), generator=random) < 0.5).to(images.device)
+            batch = images[part.to(images.device)]
             batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
-            yield batch, labels[part]
+            yield batch, labels[part.to(images.device)]
