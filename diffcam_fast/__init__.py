@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffcam_export import OnnxExplainer, accelerate, export_onnx
     from diffcam_fast.analysis import AnalysisError, Candidate, Inspection
+    from diffcam_fast.compiled import CompiledExplainer
     from diffcam_fast.contrast import Contrast, contrast_score
     from diffcam_fast.explainer import Explainer
     from diffcam_fast.explanation import Explanation
@@ -23,6 +24,7 @@ _HOMES = {
     "AnalysisError": "diffcam_fast.analysis",
     "Augment": "diffcam_fast.fusion",
     "Candidate": "diffcam_fast.analysis",
+    "CompiledExplainer": "diffcam_fast.compiled",
     "Contrast": "diffcam_fast.contrast",
     "Explainer": "diffcam_fast.explainer",
     "Explanation": "diffcam_fast.explanation",
@@ -38,6 +40,7 @@ __all__ = [
     "AnalysisError",
     "Augment",
     "Candidate",
+    "CompiledExplainer",
     "Contrast",
     "Explainer",
     "Explanation",

@@ -252,6 +252,23 @@ def test_rates_are_the_committed_rows() -> None:
     assert f"memory grew by {bytes_each:.0f} bytes an image" in said
 
 
+def test_rates_on_a_gpu_are_the_committed_rows() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| batches of 64 | of 256 |")[2].partition("\n\n")[0]
+    with open(ROOT / "benchmarks/results/engine_gpu.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "device"]
+    made = {
+        tuple(
+            f"{float(row['images_per_s']):.0f} ({float(row['ours_over']):.2f})"
+            for row in rows
+            if row["name"] == name
+        )
+        for name in {row["name"] for row in rows}
+    }
+    shown = [line.strip("| ").split(" | ")[-2:] for line in table.splitlines()[2:]]
+    assert {tuple(cells) for cells in shown} == made
+
+
 def test_scale_rates_are_the_committed_rows() -> None:
     text = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
     lines = re.findall(

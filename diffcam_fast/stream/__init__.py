@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,14 @@ def stream(
     return _one_by_one(pipeline.run(source))
 
 
-def _one_by_one(batches: Iterator[Explained]) -> Iterator[Streamed]:
+def _one_by_one(batches: Generator[Explained]) -> Iterator[Streamed]:
+    # Whoever leaves this generator ends the stream: some versions of Python keep what a generator
+    # that was closed still refers to.
+    with closing(batches):
+        yield from _each(batches)
+
+
+def _each(batches: Iterable[Explained]) -> Iterator[Streamed]:
     for batch in batches:
         for place, (key, picture) in enumerate(zip(batch.keys, batch.pictures, strict=True)):
             explanation = None if batch.explanation is None else batch.explanation[place]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import cpu_count
@@ -116,7 +116,7 @@ class Pipeline:
         self._caller = caller
         self._profile = Profile() if profile is None else profile
 
-    def run(self, source: Iterable[Any]) -> Iterator[Explained]:
+    def run(self, source: Iterable[Any]) -> Generator[Explained]:
         """Explains the images of a source, in their order.
 
         Raises:

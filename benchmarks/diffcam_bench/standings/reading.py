@@ -125,6 +125,7 @@ LAYOUTS = (
     Layout("methods", METHODS, ("model", "layer", "batch_size", "size"), over="plain"),
     Layout("cams", METHODS, ("method", "model", "layer", "batch_size", "size")),
     Layout("engine", ENGINE, ("model", "source", "batch_size"), "ours_over"),
+    Layout("engine_gpu", ENGINE, ("model", "source", "batch_size"), "ours_over"),
     Layout("onnx_cost", ONNX, ("model", "layer", "head", "batch"), over="itself"),
     Layout("onnx_peers", ONNX, ("model", "batch"), over="plain"),
     Layout(
