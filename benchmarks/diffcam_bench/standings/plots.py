@@ -51,7 +51,7 @@ def bars(shown: Sequence[Bar], name: str, says: str, spread: str) -> Picture:
     _bar_axis(axis, shown, spread)
     for order, other in enumerate(others):
         axis.barh(0, 0, left=1, color=f"C{order % 10}", alpha=0.8, label=other)
-    axis.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 1), frameon=True)
+    figure.legend(fontsize=7, loc="outside right upper", frameon=False)
     return Picture(name, says, _png(figure, (shown, spread)))
 
 
@@ -133,8 +133,11 @@ def growth(rows: Sequence[Row], name: str, says: str) -> Picture | None:
 
 def _line(axis: "Axes", rows: Sequence[Row]) -> None:
     values = [*dict.fromkeys(row["value"] for row in rows)]
+    # Layers stand as they were measured, from the last to the first.
+    values = sorted(values, key=float) if all(v.isdigit() for v in values) else values
     for label in dict.fromkeys(map(place, rows)):
         mine = [row for row in rows if place(row) == label]
+        mine.sort(key=lambda row: values.index(row["value"]))
         at = [values.index(row["value"]) for row in mine]
         ratios, low, high = (
             [float(row[key]) for row in mine] for key in ("ratio", "ratio_p20", "ratio_p80")
