@@ -17,6 +17,20 @@ WEIGHTS, KEPT = (20.0, 10.0, 5.0, 2.5, 1.25, 0.6), 0.9
 # Adam, statistics of batch norms frozen, as Heo et al. do; the rate was chosen on one small network.
 LEARNING_RATE = 1e-3
 
+
+@dataclass(frozen=True)
+class Attacker:
+    """How much whoever fools a network tries.
+
+    Attributes:
+        learning_rate: of Adam.
+        weights: of the hoax, the first that keeps `KEPT` of the decisions is taken.
+    """
+
+    learning_rate: float = LEARNING_RATE
+    weights: Sequence[float] = WEIGHTS
+
+
 # Hoaxes of a fixed number of cells: on maps of 7 x 7, the border alone, and with the next corners.
 FIXED = {"sham_24": 24, "sham_28": 28}
 

@@ -18,8 +18,7 @@ from diffcam_bench.sham.fooling import (
     ATTACKED,
     FIXED,
     KEPT,
-    LEARNING_RATE,
-    WEIGHTS,
+    Attacker,
     Hoax,
     Step,
     fool,
@@ -45,7 +44,7 @@ class Honest:
         seed: of the pictures' order, and of the classes that are drawn.
         pictures: to train on and to explain.
         sizes: how much is done.
-        learning_rate: of whoever fools it.
+        attacker: who fools it.
         images: test pictures (N, 3, H, W).
         classes: (N,), what it decides.
         target: the hoax (h, w) of the entropy of its maps.
@@ -56,7 +55,7 @@ class Honest:
     seed: int
     pictures: Pictures
     sizes: Sizes
-    learning_rate: float
+    attacker: Attacker
     images: Tensor
     classes: Tensor
     target: Tensor
@@ -74,7 +73,7 @@ class Honest:
         seed: int,
         pictures: Pictures,
         sizes: Sizes,
-        learning_rate: float = LEARNING_RATE,
+        attacker: Attacker = Attacker(),
     ) -> "Honest":
         """A network that is trained already; the hoax has the entropy of its maps."""
         images = planes(pictures.test[: sizes.images], pictures.device)
@@ -84,9 +83,7 @@ class Honest:
         honest = maps["grad_cam", "none"]
         nats = float(entropy(honest[honest.sum((1, 2)) > 0]).mean())
         target = hoax(honest.shape[1], honest.shape[2], nats)
-        return cls(
-            network, seed, pictures, sizes, learning_rate, images, classes, target, maps
-        )
+        return cls(network, seed, pictures, sizes, attacker, images, classes, target, maps)
 
     def target_of(self, arm: str) -> Tensor:
         """The hoax (h, w) that an arm is compared with, and `sham` and its kin are trained to."""
@@ -99,7 +96,7 @@ class Honest:
         if arm == CLEAN:
             return self.network, 0.0
         made = Hoax(arm, self.target_of(arm), ADAPTIVE if arm == "adaptive" else ATTACKED)
-        for weight in (0.0,) if arm == CONTROL else WEIGHTS:
+        for weight in (0.0,) if arm == CONTROL else self.attacker.weights:
             network = copy.deepcopy(self.network)
             fool(
                 network,
@@ -109,7 +106,7 @@ class Honest:
                 self._steps,
                 weight=weight,
                 seed=self.seed,
-                learning_rate=self.learning_rate,
+                learning_rate=self.attacker.learning_rate,
             )
             if self._kept(network) >= KEPT:
                 break

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffcam_bench.rows import Row, read_rows, write_rows
+from diffcam_bench.sham.fooling import Attacker
 from diffcam_bench.sham.honest import CLEAN, CONTROL, Honest
-from diffcam_bench.sham.fooling import LEARNING_RATE
 from diffcam_bench.sham.networks import NETWORKS, Classifier
 from diffcam_bench.sham.pictures import Pictures, Sizes
 from diffcam_bench.sham.training import trained
@@ -31,7 +31,7 @@ class Study:
         arms: of `ARMS` and `FIXED`.
         which: whose map is attacked, of `WHICH`; `true` needs labels.
         make: makes the honest networks.
-        learning_rate: of whoever fools them.
+        attacker: who fools them.
     """
 
     pictures: Pictures
@@ -41,7 +41,7 @@ class Study:
     arms: Sequence[str] = ARMS
     which: Sequence[str] = WHICH
     make: Maker = trained
-    learning_rate: float = LEARNING_RATE
+    attacker: Attacker = field(default_factory=Attacker)
 
     @property
     def total(self) -> int:
@@ -87,7 +87,7 @@ class Study:
 
     def _honest(self, name: str, seed: int) -> Honest:
         network = self.make(name, seed, self.pictures, self.sizes)
-        return Honest.of(network, seed, self.pictures, self.sizes, self.learning_rate)
+        return Honest.of(network, seed, self.pictures, self.sizes, self.attacker)
 
     def _arms(self) -> Iterator[tuple[str, str]]:
         yield CLEAN, ""
