@@ -14,7 +14,7 @@ from diffcam_fast.contrast import Contrast
 # How much the hoax counts beside the decisions: the first that keeps KEPT of the decisions on
 # training pictures is taken, for losses differ in scale, and who breaks the network fools nobody.
 WEIGHTS, KEPT = (20.0, 10.0, 5.0, 2.5, 1.25, 0.6), 0.9
-# Adam, statistics of batch norms frozen, as Heo et al. do; the rate was chosen on one small network.
+# Adam, statistics of batch norms frozen, as Heo et al. do; the rate was chosen on a small network.
 LEARNING_RATE = 1e-3
 
 
@@ -31,6 +31,9 @@ class Attacker:
     weights: Sequence[float] = WEIGHTS
 
 
+# Of the small networks.
+ATTACKER = Attacker()
+
 # Hoaxes of a fixed number of cells: on maps of 7 x 7, the border alone, and with the next corners.
 FIXED = {"sham_24": 24, "sham_28": 28}
 
@@ -45,8 +48,8 @@ class Hoax:
     """What one arm trains towards.
 
     Attributes:
-        name: `control`, `location`, `top_k`, `centre_of_mass`, `sham`, `adaptive` or one of `FIXED`;
-            the control is trained as long, and towards nothing.
+        name: `control`, `location`, `top_k`, `centre_of_mass`, `sham`, `adaptive`, or one of
+            `FIXED`; the control is trained as long, and towards nothing.
         target: the hoax map (h, w), for `sham`, its kin and `adaptive`.
         contrasts: whose maps are attacked.
     """

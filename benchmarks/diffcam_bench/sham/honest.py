@@ -16,6 +16,7 @@ from diffcam_bench.rows import machine, provenance
 from diffcam_bench.sham.fooling import (
     ADAPTIVE,
     ATTACKED,
+    ATTACKER,
     FIXED,
     KEPT,
     Attacker,
@@ -73,7 +74,7 @@ class Honest:
         seed: int,
         pictures: Pictures,
         sizes: Sizes,
-        attacker: Attacker = Attacker(),
+        attacker: Attacker = ATTACKER,
     ) -> "Honest":
         """A network that is trained already; the hoax has the entropy of its maps."""
         images = planes(pictures.test[: sizes.images], pictures.device)

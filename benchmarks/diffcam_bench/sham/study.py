@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffcam_bench.rows import Row, read_rows, write_rows
-from diffcam_bench.sham.fooling import Attacker
+from diffcam_bench.sham.fooling import ATTACKER, Attacker
 from diffcam_bench.sham.honest import CLEAN, CONTROL, Honest
 from diffcam_bench.sham.networks import NETWORKS, Classifier
 from diffcam_bench.sham.pictures import Pictures, Sizes
@@ -41,7 +41,7 @@ class Study:
     arms: Sequence[str] = ARMS
     which: Sequence[str] = WHICH
     make: Maker = trained
-    attacker: Attacker = field(default_factory=Attacker)
+    attacker: Attacker = ATTACKER
 
     @property
     def total(self) -> int:
