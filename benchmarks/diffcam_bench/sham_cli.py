@@ -74,7 +74,7 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
 @click.option(
-    "--write", is_flag=True, help="Resume and keep benchmarks/results/sham.csv, or sham_many.csv."
+    "--write", is_flag=True, help="Resume and keep sham.csv or sham_many.csv in benchmarks/results."
 )
 def sham(
     data: Path | None,

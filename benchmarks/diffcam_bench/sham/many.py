@@ -24,8 +24,8 @@ PRETRAINED = (default.NAME, "mobilenet_v2")
 KNOWN = (*PRETRAINED, "resnet18", "resnet50")
 # Without labels, what is true is what the honest network says: `predicted`, before any training.
 WHICH = ("predicted", "all")
-# The rate was chosen on EfficientNet-Lite0, where 20 steps of 16 draw the border, and thrice the rate
-# keeps as few decisions. Half the weights of the small networks' attacker: a search takes minutes.
+# The rate was chosen on EfficientNet-Lite0: 20 steps of 16 draw the border, and thrice the rate keeps
+# as few decisions. Fewer weights than for small networks: each that is tried takes minutes.
 ATTACKER = Attacker(learning_rate=1e-4, weights=(20.0, 5.0, 1.25, 0.3))
 SIZES = Sizes(epochs=0, steps=20, batch=12, images=256)
 TRAINING, _QUICK = 448, Sizes(epochs=0, steps=4, batch=16, images=32)
@@ -53,7 +53,7 @@ def many_classes(
         sizes,
         networks=PRETRAINED,
         seeds=(0,),
-        arms=(*ARMS, *FIXED),
+        arms=(*FIXED, *ARMS),
         which=WHICH,
         make=Pretrained(weights or {}),
         attacker=ATTACKER,
@@ -69,7 +69,7 @@ def quick(photographs: Path | None = None, *, device: str = "cpu") -> Study:
         _QUICK,
         networks=("random",),
         seeds=(0,),
-        arms=(*ARMS, *FIXED),
+        arms=(*FIXED, *ARMS),
         which=WHICH[:1],
         make=random,
         attacker=ATTACKER,
@@ -131,10 +131,7 @@ def _split(model: nn.Module) -> tuple[list[nn.Module], nn.Sequential]:
     parts = dict(model.named_children())
     classifier = parts.get("fc") or parts["classifier"]
     names = list(parts)
-    if "layer4" in parts:
-        last = names.index("layer4") + 1
-    else:
-        last = names.index("features") + 1
+    last = names.index("layer4" if "layer4" in parts else "features") + 1
     features = [parts[name] for name in names[:last]]
     return features, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
 
@@ -171,9 +168,8 @@ def _images(source: Path | None, count: int, preprocess: Preprocess) -> np.ndarr
             images: np.ndarray = file["images"][:count]
         size = (*preprocess.size, 3)
         if images.dtype != np.uint8 or images.shape[1:] != size:
-            raise ValueError(
-                f"{source} has {images.dtype} {images.shape}; it needs uint8 (N, {size})"
-            )
+            found, needed = f"{images.dtype} {images.shape}", ", ".join(map(str, size))
+            raise ValueError(f"{source} has {found}; it needs uint8 (N, {needed})")
         return images
     paths = [path for path in source.rglob("*") if path.suffix.lower() in _SUFFIXES]
     paths.sort(key=lambda path: hashlib.sha256(path.name.encode()).hexdigest())
