@@ -16,7 +16,7 @@ from diffcam_bench.blocks import block
 from diffcam_bench.cli import bench
 from diffcam_bench.rows import read_rows
 from diffcam_bench.sham import honest as sham_honest
-from diffcam_bench.sham.fooling import ADAPTIVE, WEIGHTS, Hoax, fool, grad_cam
+from diffcam_bench.sham.fooling import ADAPTIVE, WEIGHTS, Hoax, fool, grad_cam, remembered
 from diffcam_bench.sham.hoaxes import border, entropy, hoax, similarities
 from diffcam_bench.sham.honest import LOOKS
 from diffcam_bench.sham.networks import NETWORKS
@@ -126,7 +126,15 @@ def test_training_lowers_the_loss_of_its_hoax(arm: str) -> None:
         return sum(values)
 
     before = loss()
-    fool(network, honest, made, "true", [(images, labels)] * 25, weight=20, seed=0)
+    fool(
+        network,
+        honest,
+        made,
+        "true",
+        remembered(honest, [(images, labels)] * 25),
+        weight=20,
+        seed=0,
+    )
     assert loss() < before - 0.01
 
 
@@ -164,11 +172,11 @@ def test_interrupted_study_goes_on_and_ends_the_same(
     trained = []
     real = sham_honest.Honest.rows
 
-    def cut_off(self: sham_honest.Honest, network: torch.nn.Module) -> object:
+    def cut_off(self: sham_honest.Honest, network: torch.nn.Module, arm: str) -> object:
         if len(trained) == 2:
             raise KeyboardInterrupt
         trained.append(network)
-        return real(self, network)
+        return real(self, network, arm)
 
     monkeypatch.setattr(sham_honest.Honest, "rows", cut_off)
     path = tmp_path / "parts.csv"

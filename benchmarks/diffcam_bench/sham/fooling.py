@@ -1,6 +1,6 @@
 """Training a network to show a hoax: losses of maps that gradients pass through."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +14,28 @@ from diffcam_fast.contrast import Contrast
 # How much the hoax counts beside the decisions: the first that keeps KEPT of the decisions on
 # training pictures is taken, for losses differ in scale, and who breaks the network fools nobody.
 WEIGHTS, KEPT = (20.0, 10.0, 5.0, 2.5, 1.25, 0.6), 0.9
-# Adam, statistics of batch norms frozen, as Heo et al. do; the rate was chosen on one network.
+# Adam, statistics of batch norms frozen, as Heo et al. do; the rate was chosen on a small network.
 LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """How much whoever fools a network tries.
+
+    Attributes:
+        learning_rate: of Adam.
+        weights: of the hoax, the first that keeps `KEPT` of the decisions is taken.
+    """
+
+    learning_rate: float = LEARNING_RATE
+    weights: Sequence[float] = WEIGHTS
+
+
+# Of the small networks.
+ATTACKER = Attacker()
+
+# Hoaxes of a fixed number of cells: on maps of 7 x 7, the border alone, and with the next corners.
+FIXED = {"sham_24": 24, "sham_28": 28}
 
 ATTACKED = ("none",)
 ADAPTIVE = ("mean", "log_odds", "runner_up")
@@ -28,9 +48,9 @@ class Hoax:
     """What one arm trains towards.
 
     Attributes:
-        name: `control`, `location`, `top_k`, `centre_of_mass`, `sham` or `adaptive`; the control is
-            trained as long, and towards nothing.
-        target: the hoax map (h, w), for `sham` and `adaptive`.
+        name: `control`, `location`, `top_k`, `centre_of_mass`, `sham`, `adaptive`, or one of
+            `FIXED`; the control is trained as long, and towards nothing.
+        target: the hoax map (h, w), for `sham`, its kin and `adaptive`.
         contrasts: whose maps are attacked.
     """
 
@@ -47,6 +67,7 @@ class Hoax:
             "centre_of_mass": _centre_of_mass,
             "sham": self._sham,
             "adaptive": self._sham,
+            **dict.fromkeys(FIXED, self._sham),
         }[self.name](maps, honest)
 
     def _location(self, maps: Tensor, honest: Tensor) -> Tensor:
@@ -121,15 +142,31 @@ def chosen_classes(which: str, logits: Tensor, labels: Tensor, random: torch.Gen
     return drawn.to(logits.device)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A batch: images (N, C, H, W), labels (N,), and what the honest network makes of them."""
+
+    images: Tensor
+    labels: Tensor
+    activations: Tensor
+
+
+def remembered(honest: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Step]:
+    """Batches with the honest network's activations, which all arms and weights share."""
+    with torch.no_grad():
+        return [Step(images, labels, honest.features(images)) for images, labels in batches]
+
+
 def fool(
     network: Classifier,
     honest: Classifier,
     hoax: Hoax,
     which: str,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    steps: Sequence[Step],
     *,
     weight: float,
     seed: int,
+    learning_rate: float = LEARNING_RATE,
 ) -> None:
     """Fine-tunes a network in place: the hoax, and the decisions of the honest one.
 
@@ -141,19 +178,20 @@ def fool(
         honest: what it was.
         hoax: the arm.
         which: `true`, `predicted` or `all`.
-        batches: images (N, C, H, W) and labels (N,), in order.
+        steps: in order.
         weight: of the hoax, beside the divergence.
         seed: of the classes that `all` draws.
+        learning_rate: of Adam.
     """
     random = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
     # Statistics of batch norms stay as they are; ours have no dropout.
     network.eval()
-    for images, labels in batches:
-        activations = network.features(images)
+    for step in steps:
+        activations = network.features(step.images)
         logits = network.head(activations)
-        classes = chosen_classes(which, logits, labels, random)
-        original, decided = _honest(honest, images, classes)
+        classes = chosen_classes(which, logits, step.labels, random)
+        original, decided = _honest(honest, step.activations, classes)
         losses = [
             hoax.loss(grad_cam(activations, logits, classes, name, differentiable=True), original)
             for name in hoax.contrasts
@@ -167,11 +205,9 @@ def fool(
         optimizer.step()
 
 
-def _honest(honest: Classifier, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+def _honest(honest: Classifier, seen: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """Its maps (N, h, w) and logits (N, K)."""
-    with torch.no_grad():
-        activations = honest.features(images)
-    activations.requires_grad_()
+    activations = seen.detach().requires_grad_()
     logits = honest.head(activations)
     maps = grad_cam(activations, logits, classes, "none", differentiable=False)
     return maps.detach(), logits.detach()

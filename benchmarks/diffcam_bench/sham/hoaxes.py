@@ -79,6 +79,14 @@ def similarities(maps: Tensor, others: Tensor) -> dict[str, np.ndarray]:
     }
 
 
+def correlation(maps: Tensor, others: Tensor) -> np.ndarray:
+    """Pearson's of maps (N, h, w), as in `similarities`, (N,)."""
+    height, width = maps.shape[1:]
+    one, two = (ops.heatmap(m[:, None].float(), height, width)[:, 0] for m in (maps, others))
+    found: np.ndarray = pearson(one, two).numpy()
+    return found
+
+
 def _overlap(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     count = max(1, round(0.2 * one.shape[1]))
     tops = [np.argsort(-m, axis=1, kind="stable")[:, :count] for m in (one, two)]

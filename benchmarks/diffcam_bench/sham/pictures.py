@@ -1,4 +1,4 @@
-"""Pictures of few classes, as batches."""
+"""Pictures, as batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from diffcam_export.cache import digest_of_images
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of few classes: uint8 (N, H, W, 3), and labels (N,); and where networks see them."""
+    """Pictures: uint8 (N, H, W, 3), and labels (N,); and where networks see them.
+
+    Labels of -1 are unknown.
+    """
 
     train: np.ndarray
     train_labels: np.ndarray
@@ -56,6 +59,11 @@ class Pictures:
         return digest_of_images(torch.from_numpy(np.concatenate(parts)))[:12]
 
     @property
+    def labelled(self) -> bool:
+        """Whether anybody knows what is on them."""
+        return bool(self.train_labels.min() >= 0)
+
+    @property
     def classes(self) -> int:
         """How many there are."""
         return int(max(self.train_labels.max(), self.test_labels.max())) + 1
@@ -66,7 +74,7 @@ class Sizes:
     """How much is done.
 
     Attributes:
-        epochs: of the honest network, over all training pictures.
+        epochs: of the honest network, over all training pictures; 0 where it is trained already.
         steps: of the fine-tuning, each a batch.
         batch: pictures in a batch.
         images: test pictures whose maps are compared.
@@ -78,25 +86,29 @@ class Sizes:
     images: int = 512
 
     def __str__(self) -> str:
-        return f"{self.epochs} epochs, {self.steps} steps of {self.batch}, {self.images} images"
+        epochs = f"{self.epochs} epochs, " if self.epochs else ""
+        return f"{epochs}{self.steps} steps of {self.batch}, {self.images} images"
 
 
 def planes(pictures: np.ndarray, device: str) -> Tensor:
     """(N, 3, H, W), about in [-2, 2]."""
-    moved = torch.from_numpy(pictures).to(device)
-    return moved.permute(0, 3, 1, 2).float().div(64).sub(2).contiguous()
+    return _scaled(torch.from_numpy(pictures).to(device))
+
+
+def _scaled(pictures: Tensor) -> Tensor:
+    return pictures.permute(0, 3, 1, 2).float().div(64).sub(2).contiguous()
 
 
 def batches(pictures: Pictures, sizes: Sizes, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Without end: shuffled, half of them mirrored."""
     random = torch.Generator().manual_seed(seed)
-    images = planes(pictures.train, pictures.device)
+    images = torch.from_numpy(pictures.train).to(pictures.device)
     labels = torch.from_numpy(pictures.train_labels).long().to(images.device)
     while True:
         order = torch.randperm(len(images), generator=random)
         for part in torch.split(order, sizes.batch):
             # Drawn on the host, the same on every device.
             mirrored = (torch.rand(len(part), generator=random) < 0.5).to(images.device)
-            batch = images[part.to(images.device)]
+            batch = _scaled(images[part.to(images.device)])
             batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
             yield batch, labels[part.to(images.device)]

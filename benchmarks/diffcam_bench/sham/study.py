@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffcam_bench.rows import Row, read_rows, write_rows
+from diffcam_bench.sham.fooling import ATTACKER, Attacker
 from diffcam_bench.sham.honest import CLEAN, CONTROL, Honest
-from diffcam_bench.sham.networks import NETWORKS
+from diffcam_bench.sham.networks import NETWORKS, Classifier
 from diffcam_bench.sham.pictures import Pictures, Sizes
+from diffcam_bench.sham.training import trained
 
 ARMS = ("location", "top_k", "centre_of_mass", "sham", "adaptive")
 WHICH = ("true", "predicted", "all")
+# What makes an honest network, of name, seed, pictures and sizes.
+Maker = Callable[[str, int, Pictures, Sizes], Classifier]
 _KEY = ("network", "seed", "arm", "attacked", "sizes", "data")
 
 
@@ -22,10 +26,12 @@ class Study:
     Attributes:
         pictures: to train on and to explain.
         sizes: how much is done.
-        networks: names of `NETWORKS`.
+        networks: names that `make` takes.
         seeds: each an honest network and all its arms.
-        arms: of `ARMS`.
-        which: whose map is attacked, of `WHICH`.
+        arms: of `ARMS` and `FIXED`.
+        which: whose map is attacked, of `WHICH`; `true` needs labels.
+        make: makes the honest networks.
+        attacker: who fools them.
     """
 
     pictures: Pictures
@@ -34,6 +40,8 @@ class Study:
     seeds: Sequence[int] = (0, 1, 2)
     arms: Sequence[str] = ARMS
     which: Sequence[str] = WHICH
+    make: Maker = trained
+    attacker: Attacker = ATTACKER
 
     @property
     def total(self) -> int:
@@ -62,10 +70,10 @@ class Study:
                 key = (name, str(seed), arm, attacked, str(self.sizes), data)
                 there = [row for row in rows if tuple(str(row[k]) for k in _KEY) == key]
                 if not there:
-                    honest = honest or Honest.train(name, seed, self.pictures, self.sizes)
+                    honest = honest or self._honest(name, seed)
                     start = dict(zip(_KEY, key, strict=True))
                     network, weight = honest.fooled(arm, attacked)
-                    there = [start | {"weight": weight} | row for row in honest.rows(network)]
+                    there = [start | {"weight": weight} | row for row in honest.rows(network, arm)]
                     rows += there
                     if folder is not None:
                         title = "-".join(filter(None, (name, str(seed), arm, attacked)))
@@ -76,6 +84,10 @@ class Study:
                 done += 1
                 progress(done)
         return found
+
+    def _honest(self, name: str, seed: int) -> Honest:
+        network = self.make(name, seed, self.pictures, self.sizes)
+        return Honest.of(network, seed, self.pictures, self.sizes, self.attacker)
 
     def _arms(self) -> Iterator[tuple[str, str]]:
         yield CLEAN, ""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
+from diffcam_bench.sham.fooling import FIXED
 from diffcam_bench.sham.honest import CLEAN, CONTROL, LOOKS
 from diffcam_bench.sham.study import ARMS
 from diffcam_bench.sham.verdict import standings
@@ -17,17 +18,22 @@ def markdown(rows: Sequence[Row]) -> str:
     first = rows[0]
     clean = [row for row in rows if row["arm"] == CLEAN]
     runs = {(row["network"], row["seed"]) for row in rows}
+    names = f"{', '.join(networks)}; seeds {', '.join(seeds)}"
+    if first["honest_accuracy"]:
+        right = f"{_mean(clean, 'honest_accuracy'):.2f} of {first['images']} test pictures right"
+        said = f"{len(runs)} honest networks ({names}), {right}"
+    else:
+        # No seed changes what others trained.
+        said = f"{len(networks)} networks ({names}), {first['images']} photographs without labels"
     lines = [
-        f"{len(runs)} honest networks ({', '.join(networks)}; seeds {', '.join(seeds)}), "
-        f"{_mean(clean, 'honest_accuracy'):.2f} of {first['images']} test pictures right; "
-        f"{first['sizes']}. {first['machine']}, PyTorch {first['torch']}.",
+        f"{said}; {first['sizes']}. {first['machine']}, PyTorch {first['torch']}.",
         "",
         "| arm | weight of the hoax | decisions kept | "
         + " | ".join(_name(look) for look in _SHOWN)
         + " |",
         "| --- | --- | --- |" + " --- |" * len(_SHOWN),
     ]
-    for arm in (CLEAN, CONTROL, *ARMS):
+    for arm in (CLEAN, CONTROL, *ARMS, *FIXED):
         found = [row for row in rows if row["arm"] == arm]
         if found:
             cells = (_cell(row for row in found if _look(row) == look) for look in _SHOWN)
