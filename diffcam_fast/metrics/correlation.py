@@ -21,7 +21,7 @@ def pearson(heatmaps: Tensor, others: Tensor) -> Tensor:
 
     Example:
         >>> a = torch.tensor([[[0.0, 0.5, 1.0]]])
-        >>> pearson(a, 1 - a / 2)
+        >>> pearson(a, 1 - a / 2).round(decimals=6)
         tensor([-1.], dtype=torch.float64)
     """
     _check(heatmaps, others)
