@@ -10,21 +10,25 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from scipy import stats
 
 from diffcam_bench.blocks import block
 from diffcam_bench.cli import bench
 from diffcam_bench.rows import read_rows
 from diffcam_bench.sham import honest as sham_honest
-from diffcam_bench.sham.fooling import ADAPTIVE, WEIGHTS, Hoax, fool, grad_cam, remembered
+from diffcam_bench.sham import many
+from diffcam_bench.sham.fooling import ADAPTIVE, FIXED, WEIGHTS, Hoax, fool, grad_cam, remembered
 from diffcam_bench.sham.hoaxes import border, entropy, hoax, similarities
-from diffcam_bench.sham.honest import LOOKS
+from diffcam_bench.sham.looks import LOOKS
 from diffcam_bench.sham.networks import NETWORKS
-from diffcam_bench.sham.pictures import Pictures, Sizes
+from diffcam_bench.sham.pictures import Pictures, Sizes, planes
 from diffcam_bench.sham.study import ARMS, Study
 from diffcam_bench.sham.table import markdown
 from diffcam_bench.sham.verdict import standings
 from diffcam_fast import Explainer
+from diffcam_fast.images.preprocess import Preprocess
+from diffcam_fast.models import load_model
 
 
 @pytest.fixture(autouse=True)
@@ -245,3 +249,64 @@ def test_bad_input_says_what_is_needed(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "centre_of_mass" in done.output
     done = CliRunner().invoke(bench, ["sham", "--quick", "--write"])
     assert done.exit_code == 2 and "--quick" in done.output
+
+
+def test_hoaxes_of_fixed_size_have_their_entropies() -> None:
+    for name, cells in FIXED.items():
+        made = hoax(7, 7, math.log(cells))
+        assert int(made.sum()) == cells, name
+        assert float(entropy(made[None])) == pytest.approx(math.log(cells), abs=1e-6)
+    assert torch.equal(hoax(7, 7, math.log(24)), border(7, 7))
+
+
+def test_many_classes_quickly() -> None:
+    done = CliRunner().invoke(bench, ["sham", "--many-classes", "--quick", "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    arms = {(row["arm"], row["attacked"]) for row in rows}
+    assert {("clean", ""), ("sham_24", "predicted"), ("sham_28", "predicted")} <= arms
+    cells = {row["arm"]: row["hoax_cells"] for row in rows}
+    assert (cells["sham_24"], cells["sham_28"]) == (24, 28)
+    # Nobody labelled the photographs.
+    assert {row["accuracy"] for row in rows} == {""}
+    assert "photographs without labels" in markdown(rows)
+
+
+def test_photographs_of_a_folder_are_the_same_in_any_order(tmp_path: Path) -> None:
+    for folder, order in (("a", range(20)), ("b", reversed(range(20)))):
+        (tmp_path / folder).mkdir()
+        for number in order:
+            colour = (number * 12, 100, 50)
+            Image.new("RGB", (40, 30), colour).save(tmp_path / folder / f"{number}.png")
+    small = Preprocess(size=(28, 28))
+    one, other = (many.unlabelled(tmp_path / name, 12, 8, small) for name in "ab")
+    assert one.digest == other.digest
+    assert len(one.train) == 12 and len(one.test) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--many-classes", "--weights", "vgg=x"], "give NAME=FILE"),
+        (["--photographs", "."], "go with --many-classes"),
+    ],
+)
+def test_options_of_many_classes(arguments: list[str], words: str) -> None:
+    refused = CliRunner().invoke(bench, ["sham", *arguments])
+    assert refused.exit_code == 2
+    assert words in refused.output
+
+
+def test_a_pretrained_network_is_split_before_its_head() -> None:
+    """The default network, cut in two, gives the logits that it gave."""
+    made = many.Pretrained()("efficientnet-lite0", 0, Pictures(*[np.zeros(0)] * 4), Sizes())
+    pictures = np.random.default_rng(0).integers(256, size=(2, 224, 224, 3), dtype=np.uint8)
+    whole = load_model(None)
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (whole.preprocess.mean, whole.preprocess.std)
+    )
+    prepared = (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        logits, expected = made(planes(pictures, "cpu")), whole.model(prepared)
+        assert made.features(planes(pictures, "cpu")).shape == (2, 1280, 7, 7)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)

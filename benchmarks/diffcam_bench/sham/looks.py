@@ -27,7 +27,7 @@ LOOKS = (
 def activations(network: Classifier, images: Tensor) -> Tensor:
     """The last ones (N, C, h, w), 64 images at a time."""
     with torch.no_grad():
-        return torch.cat([network.features(part) for part in images.split(64)])
+        return torch.cat([network.features(part) for part in torch.split(images, 64)])
 
 
 def explained(
@@ -47,7 +47,7 @@ def explained(
         behind, layer="features", method=method, contrast=contrast, example_inputs=seen[:2]
     )
     made = []
-    for part, targets in zip(seen.split(256), classes.split(256), strict=True):
+    for part, targets in zip(torch.split(seen, 256), torch.split(classes, 256), strict=True):
         # Eigen-CAM has no target.
         made.append(explainer(part, None if method == "eigen_cam" else targets[:, None]))
     return torch.cat([one.maps[:, 0].detach() for one in made]).cpu()

@@ -24,8 +24,8 @@ PRETRAINED = (default.NAME, "mobilenet_v2")
 KNOWN = (*PRETRAINED, "resnet18", "resnet50")
 # Without labels, what is true is what the honest network says: `predicted`, before any training.
 WHICH = ("predicted", "all")
-# The rate was chosen on EfficientNet-Lite0: 20 steps of 16 draw the border, and thrice the rate keeps
-# as few decisions. Fewer weights than for small networks: each that is tried takes minutes.
+# The rate was chosen on EfficientNet-Lite0: 20 steps of 16 draw the border, and thrice the rate
+# keeps as few decisions. Fewer weights than for small networks: each that is tried takes minutes.
 ATTACKER = Attacker(learning_rate=1e-4, weights=(20.0, 5.0, 1.25, 0.3))
 SIZES = Sizes(epochs=0, steps=20, batch=12, images=256)
 TRAINING, _QUICK = 448, Sizes(epochs=0, steps=4, batch=16, images=32)
@@ -100,7 +100,7 @@ class Pretrained:
         features, head = _split(loaded.model)
         network = Classifier(nn.Sequential(Normalise(loaded.preprocess), *features), head)
         # Depthwise convolutions are faster so, on CPUs and GPUs.
-        network = network.to(pictures.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(pictures.device).to(memory_format=torch.channels_last)
         return network.eval()
 
 
@@ -112,6 +112,9 @@ def random(name: str, seed: int, pictures: Pictures, sizes: Sizes) -> Classifier
 
 class Normalise(nn.Module):
     """From planes, about in [-2, 2], to what a network was trained on."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, preprocess: Preprocess) -> None:
         super().__init__()

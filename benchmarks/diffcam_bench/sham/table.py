@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
 from diffcam_bench.sham.fooling import FIXED
-from diffcam_bench.sham.honest import CLEAN, CONTROL, LOOKS
+from diffcam_bench.sham.honest import CLEAN, CONTROL
+from diffcam_bench.sham.looks import LOOKS
 from diffcam_bench.sham.study import ARMS
 from diffcam_bench.sham.verdict import standings
 
