@@ -18,7 +18,7 @@ from diffcam_fast.network import Call, Maps, Network, plain_float32
 from diffcam_fast.running import pick_logits, unwrap
 from diffcam_fast.split import Output
 from diffcam_fast.streaming import Streaming
-from diffcam_fast.targets import Asked, Targets
+from diffcam_fast.targets import Asked, Checked, Targets
 from diffcam_kernels.settings import uses_kernels
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Setup:
         fuse: how maps of several layers become one.
         augment: views of each image, or None.
         output: what finds the logits; `pick_logits` where none was given.
+        layout: of the layers, as it was given.
         examples: shape (C, H, W) of the images that the layers were found with.
     """
 
@@ -49,6 +50,7 @@ class Setup:
     fuse: Fuse
     augment: Augment | None
     output: Output
+    layout: Layout | None
     examples: tuple[int, ...]
 
 
@@ -135,6 +137,7 @@ class Explainer(Streaming):
         self._method, self._contrast = method_and_contrast(method, contrast, temperature)
         self._relu, self._fuse, self._augment = relu, fuse, augment
         self._output = pick_logits if output is None else output
+        self._layout = layout
         self._memory, self._progress = memory, progress
         self._fitted: tuple[Tensor, ...] = ()
         self._inspections = Inspections(
@@ -181,6 +184,7 @@ class Explainer(Streaming):
             fuse=self._fuse,
             augment=self._augment,
             output=self._output,
+            layout=self._layout,
             examples=tuple(int(side) for side in self.inspect().input_shape),
         )
 
@@ -259,7 +263,7 @@ class Explainer(Streaming):
         if self._augment is not None:
             fixed = asked
             if asked.function is None:
-                fixed = replace(asked, targets=made.target.classes, topk=None)
+                fixed = replace(asked, targets=Checked(made.target.classes), topk=None)
             maps = self._augment.averaged(
                 images, lambda view: maps if view is images else self._maps(view, fixed)[1]
             )

@@ -85,6 +85,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
+def filled(rows: Tensor, count: int) -> Tensor:
+    """Rows up to a count, the last one repeated."""
+    lacking = count - len(rows)
+    return rows if lacking == 0 else torch.cat([rows, rows[-1:].expand(lacking, *rows.shape[1:])])
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, without the stack of C++ functions that may follow."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

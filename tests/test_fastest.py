@@ -254,15 +254,26 @@ def test_what_cannot_be_compiled() -> None:
         accelerate(explainer, backend="compiled", targets="input", batch_size=4)
 
 
-def test_wrong_maps_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def doubled(step: Step, tensors: list[Tensor], how: str) -> Explanation:
+@pytest.mark.parametrize(
+    ("factor", "options"),
+    [
+        (2.0, {}),
+        # float64 must judge by what was asked for: one layer alone is off by far more than this.
+        (0.8, {"layer": ["0.1", "0.4"]}),
+        (0.8, {"augment": Augment(flip=True)}),
+    ],
+)
+def test_wrong_maps_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch, factor: float, options: dict[str, Any]
+) -> None:
+    def scaled(step: Step, tensors: list[Tensor], how: str) -> Explanation:
         made = right(step, tensors, how)
-        return replace(made, maps=made.maps * 2)
+        return replace(made, maps=made.maps * factor)
 
     right = Step.explanation
-    monkeypatch.setattr(Step, "explanation", doubled)
-    with pytest.raises(ValueError, match=r"its maps are off by 1.0e\+00: off float64 by 1.0e"):
-        accelerate(explainer_of(networks.with_mlp()), backend="compiled", batch_size=4)
+    monkeypatch.setattr(Step, "explanation", scaled)
+    with pytest.raises(ValueError, match=r"its maps are off by .*: off float64 by"):
+        accelerate(explainer_of(**options), backend="compiled", batch_size=4)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:

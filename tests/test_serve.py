@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import Tensor
 import networks
 from commandline import MODEL, command, environment, write_images, write_network
 from diffcam_fast import Explainer
+from diffcam_fast.cli.serve import _listen
 from diffcam_fast.images.inputs import Source
 from diffcam_fast.images.preprocess import Preprocess
 from diffcam_fast.outputs.writers import OverlayWriter, Record
@@ -359,19 +361,37 @@ def wait_for(is_so: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_diffcam_serve_answers_what_it_accepted(folder: Path) -> None:
+@contextmanager
+def serving(folder: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process that serves, and its address; it ends with the test, whatever that finds."""
     arguments = command("serve", "-m", MODEL, "--port", "0", "--backend", "torch")
     with subprocess.Popen(
-        arguments,
-        cwd=folder,
-        env=environment(TINY_SLEEP="1.0"),
-        stderr=subprocess.PIPE,
-        text=True,
+        arguments, cwd=folder, env=environment(**settings), stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        assert line.startswith("listening on http://127.0.0.1:"), line
-        address = line.split()[2].rstrip(",")
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            assert line.startswith("listening on http://127.0.0.1:"), line
+            yield process, line.split()[2].rstrip(",")
+        finally:
+            process.kill()
+
+
+def test_who_reads_the_address_is_taken(folder: Path) -> None:
+    """Nobody is refused between the line and the server's first turn, however short that is."""
+    with serving(folder) as (_, address):
+        assert httpx.get(f"{address}/health", timeout=30).status_code == 200
+
+
+def test_it_listens_before_it_says_so() -> None:
+    import socket
+
+    with _listen("127.0.0.1", 0) as listening, socket.socket() as client:
+        client.connect(listening.getsockname())
+
+
+def test_diffcam_serve_answers_what_it_accepted(folder: Path) -> None:
+    with serving(folder, TINY_SLEEP="1.0") as (process, address):
         data = (folder / "photos" / "000-red.png").read_bytes()
         answers: list[httpx.Response] = []
 

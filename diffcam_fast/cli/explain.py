@@ -152,7 +152,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     default="auto",
     show_default=True,
     help="Runtime. auto: on the CPU the faster of PyTorch and ONNX Runtime, whose file is kept for"
-    " later runs; on CUDA a CUDA graph. compiled: torch.compile, which takes a minute first.",
+    " later runs; on CUDA a CUDA graph. compiled: torch.compile, which compiles first.",
 )
 @click.option(
     "--labels",

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffcam_fast.compiled.graphs import Captured, Order, Padded, Replay, filled
+from diffcam_fast.compiled.graphs import Captured, Order, Padded, Replay
 from diffcam_fast.compiled.steps import CannotCompile, Step, compiled, trace
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.explanation import Explanation
-from diffcam_fast.running import first_line, is_out_of_memory
+from diffcam_fast.running import filled, first_line, is_out_of_memory
 from diffcam_fast.streaming import Streaming
 from diffcam_fast.targets import Asked, Targets, resolve_targets
 
@@ -47,7 +47,7 @@ class CompiledExplainer(Streaming):
     Args:
         explainer: what is recorded, with the weights that its model has at the first call.
         batch_size: the most images at once.
-        compile: fuse the operators with `torch.compile` too: the first call takes a minute then.
+        compile: fuse the operators with `torch.compile` too, which the first call waits for.
 
     Raises:
         ValueError: the batch size is not positive.
@@ -101,7 +101,8 @@ class CompiledExplainer(Streaming):
     @property
     def refused(self) -> str | None:
         """Why calls of some kind run in the explainer itself; None: none did so far."""
-        return next((kept for kept in self._kept.values() if isinstance(kept, str)), None)
+        with self._lock:
+            return next((kept for kept in self._kept.values() if isinstance(kept, str)), None)
 
     def __call__(
         self, images: Tensor, targets: Targets = None, *, topk: int | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcam_fast.compiled.steps import Run
+from diffcam_fast.running import filled
 
 # Libraries choose and load kernels in the first runs, which a capture must not see.
 _WARMUP = 3
@@ -100,9 +101,3 @@ class Order:
     def __exit__(self, *raised: object) -> None:
         self._last = torch.cuda.current_stream().record_event()
         self._lock.release()
-
-
-def filled(rows: Tensor, count: int) -> Tensor:
-    """Rows up to a count, the last one repeated."""
-    lacking = count - len(rows)
-    return rows if lacking == 0 else torch.cat([rows, rows[-1:].expand(lacking, *rows.shape[1:])])

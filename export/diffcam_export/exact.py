@@ -57,12 +57,17 @@ def exactness(
     setup = explainer.setup
     exact = Explainer(
         copy.deepcopy(setup.model).double(),
-        layer=setup.layers[0],
+        layer=setup.layers,
         method=setup.method,
         contrast=setup.contrast,
         relu=setup.relu,
+        fuse=setup.fuse,
+        augment=setup.augment,
         output=setup.output,
-        example_inputs=images,
+        layout=setup.layout,
+        example_inputs=images.double(),
     )
+    if setup.method.needs_fit:
+        exact.fitted = [weights.double() for weights in explainer.fitted]
     maps = exact(images, targets).maps
     return Exactness(relative(made, maps), relative(expected, maps))

@@ -13,6 +13,7 @@ from diffcam_export.running import run
 from diffcam_export.session import Opened, Provider, open_session
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import AsItIs, Preprocess
+from diffcam_fast.running import filled
 from diffcam_fast.streaming import Streaming
 from diffcam_fast.targets import Targets, resolve_targets
 from diffcam_kernels import ops, reference
@@ -291,16 +292,10 @@ class OnnxExplainer(Streaming):
         for start in range(0, len(images), size):
             chunk = images[start : start + size]
             rows = len(chunk)
-            feeds = {self._input.name: _filled(chunk, size)}
+            feeds = {self._input.name: filled(chunk, size)}
             if targets is not None:
-                feeds[TARGETS] = _filled(targets[start : start + size], size)
+                feeds[TARGETS] = filled(targets[start : start + size], size)
             names = [self._facts.output, "diffcam_target", self._maps]
             parts.append([value[:rows] for value in run(self._opened, feeds, names)])
         logits, classes, maps = (torch.cat(values) for values in zip(*parts, strict=True))
         return logits.flatten(1), classes, maps
-
-
-def _filled(rows: Tensor, size: int) -> Tensor:
-    """Rows up to a batch of fixed size, the last one repeated."""
-    lacking = size - len(rows)
-    return rows if lacking == 0 else torch.cat([rows, rows[-1:].expand(lacking, *rows.shape[1:])])

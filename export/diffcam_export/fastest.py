@@ -48,7 +48,7 @@ def accelerate(
     Args:
         explainer: to make faster; it stays as it is.
         backend: `auto`: the faster of both; `onnxruntime` or `torch`: this one; `compiled`: with
-            `torch.compile`, which takes a minute.
+            `torch.compile`, which compiles first.
         targets: `predicted`: calls explain the predicted class alone; `input`: any classes, which
             costs time where the head has no closed form.
         topk: calls explain the k best classes of each image instead.

@@ -66,7 +66,7 @@ def similarities(maps: Tensor, others: Tensor) -> dict[str, np.ndarray]:
     """
     ssim = optional("skimage.metrics", distribution="scikit-image").structural_similarity
     height, width = maps.shape[1:]
-    one, two = (ops.heatmap(m[:, None].float(), height, width)[:, 0] for m in (maps, others))
+    one, two = _scaled(maps), _scaled(others)
     # SSIM takes windows of odd sides.
     window = min(7, height, width)
     window -= 1 - window % 2
@@ -81,10 +81,14 @@ def similarities(maps: Tensor, others: Tensor) -> dict[str, np.ndarray]:
 
 def correlation(maps: Tensor, others: Tensor) -> np.ndarray:
     """Pearson's of maps (N, h, w), as in `similarities`, (N,)."""
-    height, width = maps.shape[1:]
-    one, two = (ops.heatmap(m[:, None].float(), height, width)[:, 0] for m in (maps, others))
-    found: np.ndarray = pearson(one, two).numpy()
+    found: np.ndarray = pearson(_scaled(maps), _scaled(others)).numpy()
     return found
+
+
+def _scaled(maps: Tensor) -> Tensor:
+    """Each map between its least and largest."""
+    scaled: Tensor = ops.heatmap(maps[:, None].float(), *maps.shape[1:])[:, 0]
+    return scaled
 
 
 def _overlap(one: np.ndarray, two: np.ndarray) -> np.ndarray:
