@@ -20,7 +20,7 @@ from diffcam_export import candidate as module
 from diffcam_export.cache import Cache, digest_of
 from diffcam_export.candidate import Fastest
 from diffcam_export.fastest import accelerate
-from diffcam_export.replayed import Replayed
+from diffcam_export.trial import Trial
 from diffcam_fast import Augment, Contrast, Explainer, OnnxExplainer
 from diffcam_fast.cli.main import main
 from diffcam_fast.compiled import CompiledExplainer
@@ -230,7 +230,7 @@ def test_torch_and_an_unknown_backend(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asked", [{}, {"targets": "input"}, {"topk": 2}])
 def test_compiled(monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> None:
     # Which is the faster at this size is the machine's to say, and not what is tested here.
-    monkeypatch.setattr(Replayed, "_in_turn", lambda *_: (0.25, 1.0))
+    monkeypatch.setattr(Trial, "in_turn", lambda *_: (0.25, 1.0))
     explainer = explainer_of(networks.with_mlp())
     fast = accelerate(explainer, backend="compiled", batch_size=4, **asked)
     assert isinstance(fast.explainer, CompiledExplainer)
@@ -241,7 +241,7 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> Non
 
 
 def test_compiled_but_slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Replayed, "_in_turn", lambda *_: (3.0, 1.0))
+    monkeypatch.setattr(Trial, "in_turn", lambda *_: (3.0, 1.0))
     explainer = explainer_of(networks.with_mlp())
     fast = accelerate(explainer, backend="compiled", batch_size=4)
     assert fast.explainer is explainer

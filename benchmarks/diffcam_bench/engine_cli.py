@@ -29,8 +29,7 @@ class _Contest(Protocol):
 MODELS = ("torchvision:resnet50", "torchvision:efficientnet_b0")
 
 
-@click.command()
-@click.option(
+_MODEL = click.option(
     "--model",
     "models",
     multiple=True,
@@ -38,6 +37,12 @@ MODELS = ("torchvision:resnet50", "torchvision:efficientnet_b0")
     show_default=True,
     help="timm: or torchvision:NAME; may be repeated.",
 )
+_NO_PEERS = click.option("--no-peers", is_flag=True, help="Plain inference and ours alone.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+
+
+@click.command()
+@_MODEL
 @click.option(
     "--source",
     "sources",
@@ -51,8 +56,8 @@ MODELS = ("torchvision:resnet50", "torchvision:efficientnet_b0")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=None, help="Default: all.")
-@click.option("--no-peers", is_flag=True, help="Plain inference and ours alone.")
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@_NO_PEERS
+@_JSON
 @click.option("--write", is_flag=True, help="Keep the rows in benchmarks/results/engine.csv.")
 def engine(
     models: tuple[str, ...],
@@ -131,14 +136,7 @@ def _keep(new: list[dict[str, object]], path: Path) -> None:
 
 
 @click.command("engine-gpu")
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    default=MODELS,
-    show_default=True,
-    help="timm: or torchvision:NAME; may be repeated.",
-)
+@_MODEL
 @click.option(
     "--source",
     "sources",
@@ -165,8 +163,8 @@ def _keep(new: list[dict[str, object]], path: Path) -> None:
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Default: all.")
-@click.option("--no-peers", is_flag=True, help="Plain inference and ours alone.")
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@_NO_PEERS
+@_JSON
 @click.option("--write", is_flag=True, help="Keep the rows in benchmarks/results/engine_gpu.csv.")
 def engine_gpu(
     models: tuple[str, ...],
@@ -209,7 +207,7 @@ def engine_gpu(
 
 @click.command()
 @click.option("--images", type=click.IntRange(min=100), default=50_000, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@_JSON
 @click.option("--write", is_flag=True, help="Keep the rows as benchmarks/results/endurance.csv.")
 def endurance(images: int, as_json: bool, write: bool) -> None:
     """Memory and speed of one long run of the command line, tenth by tenth.

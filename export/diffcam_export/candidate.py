@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from diffcam_export.cache import Cache, Kept, digest_of, digest_of_images, versi
 from diffcam_export.exact import exactness
 from diffcam_export.explainer import OnnxExplainer
 from diffcam_export.session import CPU
-from diffcam_fast.contrast import Contrast
+from diffcam_export.trial import ROUNDING, TOLERANCE, Trial, allowed_target, off_by
 from diffcam_fast.explainer import Explainer, Setup
 from diffcam_fast.explanation import Explanation
 from diffcam_fast.images.preprocess import Preprocess
@@ -25,10 +23,6 @@ from diffcam_fast.running import first_line
 if TYPE_CHECKING:
     from diffcam_export.quantised import Agreement
     from diffcam_fast.compiled import CompiledExplainer
-
-# As far as float32 in another order may be off, relative to the largest value of a map.
-TOLERANCE, ROUNDING = 1e-3, 1e-4
-_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,10 @@ class Candidate:
     threads: int | None
     preprocess: Preprocess | None
     labels: tuple[str, ...] | None
+
+    @property
+    def _trial(self) -> Trial:
+        return Trial(self.explainer, self.targets == "input", self.topk)
 
     def opened(self, cache: Cache) -> Fastest | str:
         """The faster of both; or why there is no file."""
@@ -105,7 +103,7 @@ class Candidate:
         export_onnx(
             setup.model,
             path,
-            example_inputs=self._images(2),
+            example_inputs=self._trial.images(2),
             layer=setup.layers[0],
             method=setup.method.name,
             contrast=setup.contrast,
@@ -125,13 +123,13 @@ class Candidate:
             file = OnnxExplainer(kept.path, providers=[CPU], threads=self.threads)
         except ValueError as error:
             return str(error)
-        images = self._images(2)
-        expected = self._explained(self.explainer, images)
+        images = self._trial.images(2)
+        expected = self._trial.explained(self.explainer, images)
         if self.targets == "input":
             # Of the classes that PyTorch found: of two equal logits either may be the largest.
             made = file(images, expected.targets)
         else:
-            made = self._explained(file, images)
+            made = self._trial.explained(file, images)
         off = off_by(made.maps, expected.maps)
         if not (off <= TOLERANCE or self._as_near(images, made, expected)):
             return f"its exported maps are off by {off:.1e}, more than {TOLERANCE:.0e}"
@@ -190,7 +188,7 @@ class Candidate:
             labels=self.labels,
         )
         file = OnnxExplainer(path, providers=[CPU], threads=self.threads)
-        int8, float32 = self._in_turn(file, floats)
+        int8, float32 = self._trial.in_turn(file, floats, self.batch_size)
         target = allowed_target(self.explainer.setup.contrast)
         found = agreement(self.explainer, file, calibration[held], target)
         return {"int8_s": int8, "float32_s": float32, "agreement": asdict(found)}
@@ -205,31 +203,7 @@ class Candidate:
     def _timed(self, path: Path) -> tuple[float, float]:
         """Seconds for a batch in ONNX Runtime and in PyTorch."""
         file = OnnxExplainer(path, providers=[CPU], threads=self.threads)
-        return self._in_turn(file, self.explainer)
-
-    def _in_turn(self, *both: Explainer | OnnxExplainer) -> tuple[float, float]:
-        """Seconds that each of two takes for a batch, medians of rounds in turn."""
-        images = self._images(self.batch_size)
-        taken: tuple[list[float], list[float]] = ([], [])
-        for number in range(_ROUNDS + 1):
-            for explain, seconds in zip(both, taken, strict=True):
-                start = time.perf_counter()
-                self._explained(explain, images)
-                # The first round warms up.
-                if number:
-                    seconds.append(time.perf_counter() - start)
-        return statistics.median(taken[0]), statistics.median(taken[1])
-
-    def _explained(self, explain: Explainer | OnnxExplainer, images: Tensor) -> Explanation:
-        """Of a class that the contrast takes as a target, where one may be asked for."""
-        allowed = allowed_target(self.explainer.setup.contrast)
-        if allowed is None or self.targets != "input":
-            return explain(images, topk=self.topk)
-        return explain(images, allowed)
-
-    def _images(self, count: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(count, *self.explainer.setup.examples, generator=generator)
+        return self._trial.in_turn(file, self.explainer, self.batch_size)
 
 
 def _options(setup: Setup) -> dict[str, Any]:
@@ -243,22 +217,3 @@ def _options(setup: Setup) -> dict[str, Any]:
         "relu": setup.relu,
         "examples": setup.examples,
     }
-
-
-def allowed_target(contrast: Contrast) -> int | None:
-    """A class that a contrast takes as a target; None: it takes any."""
-    if contrast.weights is not None:
-        free = (contrast.weights.reshape(-1, contrast.weights.shape[-1]) == 0).all(dim=0)
-        return int(free.nonzero()[0]) if free.any() else None
-    taken = contrast.reference
-    return None if taken is None else next(c for c in range(len(taken) + 1) if c not in taken)
-
-
-def off_by(made: Tensor, expected: Tensor) -> float:
-    """The largest difference of maps, relative to their largest value; infinite where their shapes
-    differ.
-    """
-    if made.shape != expected.shape:
-        return float("inf")
-    largest = float(expected.abs().max())
-    return float((made - expected).abs().max()) / (largest or 1.0)

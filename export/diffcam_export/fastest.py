@@ -11,9 +11,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from diffcam_export.cache import Cache, versions
-from diffcam_export.candidate import Candidate, Fastest, allowed_target
+from diffcam_export.candidate import Candidate, Fastest
 from diffcam_export.explainer import OnnxExplainer
 from diffcam_export.session import CPU
+from diffcam_export.trial import allowed_target
 from diffcam_fast.backends import BACKENDS, Backend
 from diffcam_fast.explainer import Explainer
 from diffcam_fast.images.preprocess import Preprocess
